@@ -1,0 +1,253 @@
+"""Train `tiny`, the test-sized SAM that ships with samcompress, on drawn scenes.
+
+    python examples/train_tiny.py train  --work /tmp/tiny          # about an hour on one core; resumes
+    python examples/train_tiny.py export --work /tmp/tiny --to samcompress/core/tiny/model.safetensors
+
+Losses and prompts follow SAM (arXiv 2304.02643): a point or a jittered box, then clicks where the
+masks are wrong, with the last mask as a prompt; of three masks only the best learns. Training begins
+with BCE, which starts sooner, and moves to SAM's focal loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from segment_anything.modeling import Sam
+from torch import Tensor
+from torch.nn import functional as F
+
+from samcompress.core import _fit
+from samcompress.core._progress import Progress
+from samcompress.core.build import build
+from samcompress.core.data import shapes
+
+log = logging.getLogger("train_tiny")
+SEED = 7
+HELD_OUT = 1_000_000  # added to the seed for scenes that training never sees
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes as arrays, so that no time goes into drawing while training.
+
+    Attributes:
+        images: (B, 3, S, S) uint8.
+        masks: (I, S/2, S/2) uint8, quarters of a cell that are covered, 0 to 4.
+        boxes: (I, 4) x0, y0, x1, y1.
+        first: (B + 1,) where each image's instances begin.
+    """
+
+    images: Tensor
+    masks: Tensor
+    boxes: Tensor
+    first: Tensor
+
+    @classmethod
+    def make(cls, n: int, seed: int, side: int, cache: Path) -> Scenes:
+        """Draw them once, then read them from `cache`."""
+        if not cache.exists():
+            images, masks, boxes, first = [], [], [], [0]
+            for scene in Progress(True, "scenes").track(shapes(n, seed=seed, size=side)):
+                found = scene.instances
+                images.append(scene.image.transpose(2, 0, 1))
+                full = np.stack([i.mask for i in found]).astype(np.uint8)
+                masks.append(full.reshape(-1, side // 2, 2, side // 2, 2).sum((2, 4)))
+                boxes.append(np.array([i.box for i in found], np.float32))
+                first.append(first[-1] + len(found))
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {
+                "images": np.stack(images),
+                "masks": np.concatenate(masks).astype(np.uint8),
+                "boxes": np.concatenate(boxes),
+                "first": np.array(first),
+            }
+            save_file(arrays, cache)
+        return cls(**{k: torch.from_numpy(v) for k, v in load_file(cache).items()})
+
+    def draw(self, images: list[int], each: int, g: torch.Generator) -> tuple[Tensor, ...]:
+        """Images, target masks in [0, 1] and boxes of `each` instances an image, turned at random."""
+        side = self.images.shape[-1]
+        pictures, masks, boxes = [], [], []
+        for i in images:
+            low, high = int(self.first[i]), int(self.first[i + 1])
+            pick = low + torch.randint(high - low, (each,), generator=g)
+            picture, mask, box = self.images[i], self.masks[pick], self.boxes[pick]
+            channels = torch.randperm(3, generator=g)
+            flip_x, flip_y, swap = torch.randint(2, (3,), generator=g).tolist()
+            if flip_x:
+                picture, mask = picture.flip(-1), mask.flip(-1)
+                box = torch.stack([side - box[:, 2], box[:, 1], side - box[:, 0], box[:, 3]], 1)
+            if flip_y:
+                picture, mask = picture.flip(-2), mask.flip(-2)
+                box = torch.stack([box[:, 0], side - box[:, 3], box[:, 2], side - box[:, 1]], 1)
+            if swap:
+                picture, mask = picture.mT, mask.mT
+                box = box[:, [1, 0, 3, 2]]
+            pictures.append(picture[channels])
+            masks.append(mask)
+            boxes.append(box)
+        return torch.stack(pictures).float(), torch.cat(masks).float() / 4, torch.cat(boxes)
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def jitter(boxes: Tensor, side: int, g: torch.Generator) -> Tensor:
+    """Noise of a tenth of each side, at most 20 pixels in 1024."""
+    size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    limit = 20 * side / 1024
+    noise = (torch.randn(boxes.shape, generator=g) * size * 0.1).clamp(-limit, limit)
+    # A box never turns inside out.
+    noise = torch.maximum(torch.minimum(noise, size * 0.3), -size * 0.3)
+    return (boxes + noise).clamp(0, side)
+
+
+def point_in(weight: Tensor, g: torch.Generator) -> Tensor:
+    """(P, 2) frame coordinates of a cell drawn by (P, h, w) weights."""
+    width = weight.shape[-1]
+    cell = torch.multinomial(weight.flatten(1) + 1e-9, 1, generator=g)[:, 0]
+    place = torch.stack([cell % width, cell // width], 1).float()
+    # A cell is two pixels wide; where in it the click falls is drawn too.
+    return 2 * place + torch.rand(place.shape, generator=g) * 1.999 - 0.5
+
+
+def first_click(target: Tensor, g: torch.Generator) -> Tensor:
+    """Half the prompts anywhere in the object, half well inside it."""
+    inside = (target >= 0.5).float()
+    inside = torch.where(inside.sum((1, 2), keepdim=True) > 0, inside, target)
+    deep = inside * F.avg_pool2d(inside[:, None], 9, 1, 4)[:, 0] ** 6
+    choice = torch.rand(len(target), 1, 1, generator=g) < 0.5
+    return point_in(torch.where(choice, inside, deep), g)
+
+
+def next_click(logits: Tensor, target: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A click where mask and target differ, and its label; in the object where nothing does."""
+    truth = target >= 0.5
+    wrong = (logits > 0) != truth
+    none = ~wrong.flatten(1).any(1)[:, None, None]
+    point = point_in(torch.where(none, target, wrong.float()), g)
+    cell = ((point + 0.5) / 2).long().clamp(0, target.shape[-1] - 1)
+    label = truth[torch.arange(len(point)), cell[:, 1], cell[:, 0]]
+    return point, label.float()
+
+
+# ------------------------------------------------------------------------------- model and loss
+
+
+def start() -> Sam:
+    """`tiny` with random weights, its relative positions not zero so that they are used."""
+    sam = build("tiny", seed=SEED)
+    g = _fit.generator(SEED, "positions")
+    with torch.no_grad():
+        for name, p in sam.image_encoder.named_parameters():
+            if "rel_pos" in name or name == "pos_embed":
+                p.copy_(torch.randn(p.shape, generator=g) * 0.02)
+    return sam
+
+
+def decode(sam: Sam, features: Tensor, **prompt: Tensor | tuple[Tensor, Tensor] | None):  # noqa: ANN201
+    """All four masks (P, 4, h, w) and scores (P, 4) for P prompts, each with its own features."""
+    sparse, dense = sam.prompt_encoder(**prompt)
+    decoder, n = sam.mask_decoder, len(features)
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([tokens.expand(n, -1, -1), sparse], 1)
+    place = sam.prompt_encoder.get_dense_pe().expand(n, -1, -1, -1)
+    hidden, keys = decoder.transformer(features + dense, place, tokens)
+    fine = decoder.output_upscaling(keys.mT.reshape(features.shape))
+    heads = enumerate(decoder.output_hypernetworks_mlps, 1)
+    weights = torch.stack([head(hidden[:, i]) for i, head in heads], 1)
+    masks = torch.einsum("pmc,pchw->pmhw", weights, fine)
+    return masks, decoder.iou_prediction_head(hidden[:, 0])
+
+
+def mask_losses(logits: Tensor, target: Tensor, focus: float) -> Tensor:
+    """(P, 4) loss of each mask: `focus` of the way from 4 BCE + dice to 20 focal + dice."""
+    target = target[:, None].expand_as(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    p = logits.sigmoid()
+    weight = 4 * (1 - focus)
+    if focus:
+        # |p - target| is 1 - p_t of focal loss (gamma 2), and right for soft targets too.
+        balance = 0.25 * target + 0.75 * (1 - target)
+        weight = weight + focus * 20 * balance * (p - target).detach() ** 2
+    both = (p * target).sum((2, 3))
+    dice = 1 - (2 * both + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
+    return (weight * bce).mean((2, 3)) + dice
+
+
+def overlap(logits: Tensor, target: Tensor) -> Tensor:
+    """(P, 4) IoU of the masks with the target."""
+    mask, truth = logits > 0, (target >= 0.5)[:, None]
+    return (mask & truth).sum((2, 3)) / (mask | truth).sum((2, 3)).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training."""
+
+    name: str
+    steps: int
+    lr: float
+    images: int
+    each: int
+    rounds: int
+    focus: float
+
+
+class Objective:
+    """The loss of a step: images, prompts and rounds are drawn from the step's own generator."""
+
+    def __init__(self, sam: Sam, scenes: Scenes, stage: Stage) -> None:
+        self.sam, self.scenes, self.stage = sam, scenes, stage
+
+    def __call__(self, step: int) -> Mapping[str, Tensor]:
+        stage, sam = self.stage, self.sam
+        g = _fit.generator(SEED, stage.name, step)
+        chosen = _fit.batch(len(self.scenes.images), stage.images, seed=SEED, step=step)
+        images, target, boxes = self.scenes.draw(chosen, stage.each, g)
+        features = sam.image_encoder(sam.preprocess(images)).repeat_interleave(stage.each, 0)
+        with_box, with_mask = torch.rand(2, generator=g) < torch.tensor([0.45, 0.75])
+        rounds = int(torch.randint(1, stage.rounds + 1, (1,), generator=g))
+        box = jitter(boxes, sam.image_encoder.img_size, g) if with_box else None
+        points = labels = mask = None
+        if not with_box:
+            points = first_click(target, g)[:, None]
+            labels = torch.ones(len(target), 1)
+        total: dict[str, Tensor] = {}
+        for index in range(rounds):
+            click = None if points is None else (points, labels)
+            logits, scores = decode(sam, features, points=click, boxes=box, masks=mask)
+            terms = self._terms(logits, scores, target)
+            for name, value in terms.items():
+                total[name] = total.get(name, 0) + value / rounds
+            if index + 1 < rounds:
+                with torch.no_grad():
+                    best = self._best(logits, scores, index == 0 and not with_box)
+                    point, label = next_click(best, target, g)
+                points = point[:, None] if points is None else torch.cat([points, point[:, None]], 1)
+                labels = label[:, None] if labels is None else torch.cat([labels, label[:, None]], 1)
+                mask = best[:, None].detach() if with_mask else None
+        return total
+
+    def _terms(self, logits: Tensor, scores: Tensor, target: Tensor) -> dict[str, Tensor]:
+        losses = mask_losses(logits, target, self.stage.focus)
+        with torch.no_grad():
+            truth = overlap(logits, target)
+        return {
+            "single": losses[:, 0].mean(),
+            "multi": losses[:, 1:].min(1).values.mean(),
+            "score": F.mse_loss(scores, truth),
+        }
+
+    @staticmethod
+    def _best(logits: Tensor, scores: Tensor, ambiguous: bool) -> Tensor:
+        """The mask a user would go on with: the one of three with the best score for one point."""
+        index = scores[:, 1:].argmax(1) + 1 if ambiguous else torch.zeros(len(logits)).long()
+        return logits[torch.arange(len(logits)), index]

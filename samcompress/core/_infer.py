@@ -1,0 +1,171 @@
+"""From bare tensors to a SAM: its sizes are read off names and shapes, then the weights poured in."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from ._weights import TensorDict
+from .build import ARCHITECTURES, SamConfig, _ratio
+from .errors import CheckpointError, ConfigError, closest
+
+# Tensors the sizes are read from, with their number of dimensions.
+_NEEDED = {
+    "image_encoder.pos_embed": 4,
+    "image_encoder.patch_embed.proj.weight": 4,
+    "image_encoder.blocks.0.attn.rel_pos_h": 2,
+    "image_encoder.blocks.0.mlp.lin1.weight": 2,
+    "image_encoder.neck.0.weight": 4,
+    "prompt_encoder.mask_downscaling.3.weight": 4,
+    "mask_decoder.mask_tokens.weight": 2,
+    "mask_decoder.transformer.layers.0.mlp.lin1.weight": 2,
+    "mask_decoder.iou_prediction_head.layers.0.weight": 2,
+}
+# Sam does not save these two, but forks do.
+_STATISTICS = ("pixel_mean", "pixel_std")
+# Slices that structured pruning cuts together; nothing else of a SAM may differ block by block.
+_COUPLED = re.compile(r"\.(mlp|attn|self_attn|cross_attn_\w+|final_attn_\w+)\.")
+
+
+def config_from_state(
+    state: TensorDict, *, where: str = "state dict", decoder_num_heads: int | None = None
+) -> SamConfig:
+    """The sizes of the SAM that a state dict with segment_anything's names belongs to.
+
+    Args:
+        state: tensors by name; only shapes are read, so tensors on "meta" will do.
+        where: what to call the source in an error.
+        decoder_num_heads: the one size that no shape shows; by default that of the known
+            architecture with the same decoder, else 8 as in every published SAM.
+
+    Raises:
+        CheckpointError: if tensors that every SAM has are absent, or shapes contradict one another.
+    """
+    missing = [name for name in _NEEDED if name not in state]
+    if missing:
+        raise CheckpointError(
+            "this is not a SAM with a ViT encoder.",
+            where=where,
+            got=f"no {_some(missing)}",
+            expected="every tensor of segment_anything's Sam",
+            fix="a checkpoint of another architecture needs its own loader",
+        )
+    flat = {name: tuple(state[name].shape) for name in _NEEDED if state[name].ndim != _NEEDED[name]}
+    if flat:
+        name, shape = next(iter(flat.items()))
+        raise CheckpointError(
+            "a tensor has the wrong shape.",
+            where=f"{where}: {name}",
+            got=shape,
+            expected=f"{_NEEDED[name]} dimensions",
+        )
+    try:
+        return _read(state, decoder_num_heads)
+    except (ConfigError, ZeroDivisionError) as err:
+        raise CheckpointError(
+            "the shapes of the tensors contradict one another.", where=where, got=err
+        ) from err
+
+
+def assemble(config: SamConfig, state: TensorDict, *, where: str = "state dict") -> Sam:
+    """Build a SAM and fill it, strictly.
+
+    Args:
+        config: the sizes.
+        state: tensors under segment_anything's names; copied, and converted to float32.
+        where: what to call the source in an error.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing, unknown or of another shape.
+    """
+    sam = config.build(empty=True)
+    weights = {name: t for name, t in state.items() if name not in _STATISTICS}
+    wanted = sam.state_dict()
+    missing = [name for name in wanted if name not in weights]
+    unknown = [name for name in weights if name not in wanted]
+    odd = [name for name in wanted if name in weights and not _alike(wanted[name], weights[name])]
+    if odd and not missing and not unknown and all(_COUPLED.search(name) for name in odd):
+        raise CheckpointError(
+            "plain weights of a pruned model.",
+            where=f"{where}: {_some(odd)}",
+            got="blocks of different widths, without the record of what was removed",
+            expected="one width for all blocks, or a folder written by sc.save",
+            fix="save the pruned model with sc.save(model, folder) and load that folder",
+        )
+    if missing or unknown or odd:
+        shapes = [f"{n} {tuple(weights[n].shape)} instead of {tuple(wanted[n].shape)}" for n in odd]
+        parts = {"missing": missing, "unknown": unknown, "wrong": shapes}
+        near = closest(unknown[0], missing, n=1) if unknown else None
+        raise CheckpointError(
+            "the tensors do not fit.",
+            where=where,
+            got="; ".join(f"{kind} {_some(names)}" for kind, names in parts.items() if names),
+            expected=f"a SAM with depth={config.depth}, embed_dim={config.embed_dim}, "
+            f"image_size={config.image_size}",
+            fix=f"rename {unknown[0]} to {near}" if near else None,
+        )
+    sam.load_state_dict(weights, strict=True)
+    return sam
+
+
+def _read(state: TensorDict, decoder_num_heads: int | None) -> SamConfig:
+    shape = {name: tuple(state[name].shape) for name in _NEEDED}
+    _, grid, _, width = shape["image_encoder.pos_embed"]
+    patch = shape["image_encoder.patch_embed.proj.weight"][-1]
+    depth = _count(state, r"image_encoder\.blocks\.(\d+)\.")
+    rows = {
+        i: t.shape[0]
+        for i in range(depth)
+        if (t := state.get(f"image_encoder.blocks.{i}.attn.rel_pos_h")) is not None
+    }
+    # A table has 2 n - 1 rows for n tokens a side: the whole grid where attention is global.
+    local = Counter((n + 1) // 2 for n in rows.values() if n != 2 * grid - 1)
+    channels = shape["image_encoder.neck.0.weight"][0]
+    decoder_mlp = shape["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0]
+    statistics = {
+        name: tuple(float(f"{v:.7g}") for v in state[name].flatten().tolist())
+        for name in _STATISTICS
+        if name in state and not state[name].is_meta
+    }
+    return SamConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // shape["image_encoder.blocks.0.attn.rel_pos_h"][1],
+        mlp_ratio=_ratio(shape["image_encoder.blocks.0.mlp.lin1.weight"][0], width),
+        window_size=local.most_common(1)[0][0] if local else 0,
+        global_attn_indexes=tuple(i for i, n in rows.items() if n == 2 * grid - 1),
+        out_chans=channels,
+        mask_in_chans=shape["prompt_encoder.mask_downscaling.3.weight"][0],
+        decoder_depth=_count(state, r"mask_decoder\.transformer\.layers\.(\d+)\."),
+        decoder_mlp_dim=decoder_mlp,
+        decoder_num_heads=decoder_num_heads or _decoder_heads(channels, decoder_mlp),
+        num_multimask_outputs=shape["mask_decoder.mask_tokens.weight"][0] - 1,
+        iou_head_depth=_count(state, r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
+        iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+        **statistics,
+    )
+
+
+def _decoder_heads(channels: int, mlp: int) -> int:
+    for known in ARCHITECTURES.values():
+        if (known.out_chans, known.decoder_mlp_dim) == (channels, mlp):
+            return known.decoder_num_heads
+    return SamConfig.decoder_num_heads
+
+
+def _count(state: TensorDict, pattern: str) -> int:
+    return len({m[1] for name in state if (m := re.match(pattern, name))})
+
+
+def _alike(wanted: Tensor, found: Tensor) -> bool:
+    return wanted.shape == found.shape and found.is_floating_point()
+
+
+def _some(names: list[str], n: int = 3) -> str:
+    rest = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + rest

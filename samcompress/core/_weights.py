@@ -1,0 +1,131 @@
+"""Foreign checkpoint files to a flat dict of tensors, without ever running what is in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+TensorDict = dict[str, Tensor]
+
+# Where training scripts put the weights inside a larger file, and before their names.
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+PREFIXES = ("module.", "sam.", "model.")
+
+
+def read_state(path: Path) -> TensorDict:
+    """The tensors of a ``.safetensors`` file or of one made by ``torch.save``, on the CPU.
+
+    Pickles are read with ``weights_only=True``: only tensors and plain values are made. Wrappers
+    such as ``{"model": ...}`` and prefixes such as ``module.`` are taken off.
+
+    Raises:
+        CheckpointError: if the file is empty, damaged, of another format, or holds more than tensors.
+    """
+    if path.stat().st_size == 0:
+        raise CheckpointError(
+            "the checkpoint is empty.", where=str(path), got="0 bytes", fix="get the file again"
+        )
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return plain_names(_unwrap(content, path))
+
+
+def plain_names(state: TensorDict) -> TensorDict:
+    """The same tensors without a prefix that all names have, e.g. that of data-parallel training."""
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return plain_names({name.removeprefix(prefix): t for name, t in state.items()})
+    return state
+
+
+def _read_safetensors(path: Path) -> TensorDict:
+    try:
+        return load_file(path)
+    except SafetensorError as err:
+        raise _damaged(path, err) from err
+
+
+def _read_torch(path: Path) -> Any:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped and not zipfile.is_zipfile(path):
+        # torch.save writes the table of contents last: its absence means that the end is absent.
+        raise _damaged(path, "the end of the file is missing")
+    try:
+        # Mapped into memory where the format allows it: half the peak of reading it.
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as err:
+        found = re.search(r"GLOBAL (\S+)", str(err))
+        if found is None:
+            raise _other_format(path) from err
+        raise CheckpointError(
+            "the file holds code, not only tensors; it was refused and nothing of it was run.",
+            where=str(path),
+            got=f"a pickled {found[1]}",
+            expected="tensors by name, as torch.save(model.state_dict(), path) writes them",
+            fix="if you trust the file: load it where its code is and save the state dict alone",
+        ) from err
+    except EOFError as err:
+        raise _damaged(path, "unexpected end of file") from err
+    except RuntimeError as err:
+        if "TorchScript" in str(err):
+            raise _other_format(path, "a TorchScript archive") from err
+        if zipped and "PytorchStreamReader" not in str(err):
+            raise _other_format(path, "a zip archive that torch.save did not write") from err
+        raise _damaged(path, err) from err
+
+
+def _unwrap(content: Any, path: Path) -> TensorDict:
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return _unwrap(content[key], path)
+    tensors = {}
+    if isinstance(content, Mapping):
+        tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            "the file holds no tensors by name.",
+            where=str(path),
+            got=_outline(content),
+            expected="a state dict, alone or under " + ", ".join(map(repr, WRAPPERS)),
+        )
+    return tensors
+
+
+def _outline(content: Any) -> str:
+    if isinstance(content, Mapping):
+        keys = ", ".join(repr(k) for k in list(content)[:4])
+        return f"a dict of {keys}" if keys else "an empty dict"
+    return f"a {type(content).__name__}"
+
+
+def _damaged(path: Path, why: object) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint is damaged or cut short.",
+        where=str(path),
+        got=f"{path.stat().st_size:,} bytes; {str(why).splitlines()[0][:100]}",
+        expected="a complete file",
+        fix="get the file again and compare its size with the source's",
+    )
+
+
+def _other_format(path: Path, got: str | None = None) -> CheckpointError:
+    if got is None:
+        with path.open("rb") as file:
+            got = f"a file that begins with {file.read(16)!r}"
+    return CheckpointError(
+        "this is not a checkpoint.",
+        where=str(path),
+        got=got,
+        expected="a .safetensors file, or one written by torch.save",
+    )

@@ -1,0 +1,295 @@
+"""transformers' SamModel in and out: the same tensors under other names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from segment_anything.modeling import Sam
+from torch import nn
+
+from ._infer import assemble, config_from_state
+from ._require import require
+from ._weights import TensorDict, read_state
+from .build import SamConfig, config_of
+from .contract import device_of, dtype_of
+from .errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import SamModel
+
+# (segment_anything, transformers): the beginning of a tensor's name, # any number. First match wins.
+RULES: tuple[tuple[str, str], ...] = (
+    ("image_encoder.patch_embed.proj", "vision_encoder.patch_embed.projection"),
+    ("image_encoder.blocks.#.norm#", "vision_encoder.layers.#.layer_norm#"),
+    ("image_encoder.blocks.#", "vision_encoder.layers.#"),
+    ("image_encoder.neck.0", "vision_encoder.neck.conv1"),
+    ("image_encoder.neck.1", "vision_encoder.neck.layer_norm1"),
+    ("image_encoder.neck.2", "vision_encoder.neck.conv2"),
+    ("image_encoder.neck.3", "vision_encoder.neck.layer_norm2"),
+    ("image_encoder", "vision_encoder"),
+    (
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "shared_image_embedding.positional_embedding",
+    ),
+    ("prompt_encoder.point_embeddings", "prompt_encoder.point_embed"),
+    ("prompt_encoder.mask_downscaling.0", "prompt_encoder.mask_embed.conv1"),
+    ("prompt_encoder.mask_downscaling.1", "prompt_encoder.mask_embed.layer_norm1"),
+    ("prompt_encoder.mask_downscaling.3", "prompt_encoder.mask_embed.conv2"),
+    ("prompt_encoder.mask_downscaling.4", "prompt_encoder.mask_embed.layer_norm2"),
+    ("prompt_encoder.mask_downscaling.6", "prompt_encoder.mask_embed.conv3"),
+    ("mask_decoder.transformer.layers.#.norm#", "mask_decoder.transformer.layers.#.layer_norm#"),
+    ("mask_decoder.transformer.norm_final_attn", "mask_decoder.transformer.layer_norm_final_attn"),
+    ("mask_decoder.output_upscaling.0", "mask_decoder.upscale_conv1"),
+    ("mask_decoder.output_upscaling.1", "mask_decoder.upscale_layer_norm"),
+    ("mask_decoder.output_upscaling.3", "mask_decoder.upscale_conv2"),
+)
+# transformers numbers only the inner layers of the decoder's heads.
+HEADS = {
+    "mask_decoder.output_hypernetworks_mlps.#": 3,
+    "mask_decoder.iou_prediction_head": None,  # as deep as the model says
+}
+# The Fourier matrix has a second, tied name; a file may hold either or both.
+SHARED = "shared_image_embedding.positional_embedding"
+TIED = "prompt_encoder.shared_embedding.positional_embedding"
+# Where save_pretrained puts the weights, most wanted first.
+FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+)
+# Settings that no shape shows, with the values for which the two implementations agree.
+AGREES: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("vision_config", "hidden_act"): ("gelu",),
+    ("vision_config", "layer_norm_eps"): (1e-6,),
+    ("prompt_encoder_config", "hidden_act"): ("gelu",),
+    ("prompt_encoder_config", "layer_norm_eps"): (1e-6,),
+    ("mask_decoder_config", "hidden_act"): ("relu",),
+    ("mask_decoder_config", "layer_norm_eps"): (1e-5, 1e-6),
+}
+
+
+def from_transformers(source: nn.Module | str | Path) -> Sam:
+    """A SAM with the weights of a transformers SamModel.
+
+    Masks agree to about 1e-5 of their range: transformers gives the decoder's norms an eps of 1e-6,
+    segment_anything, with which the published weights were trained, 1e-5. With that value in the
+    configuration, as `to_transformers` writes it, they agree to rounding.
+
+    Args:
+        source: a SamModel, or a folder with its ``config.json`` and weights; the package
+            transformers is not needed to read a folder.
+
+    Returns:
+        The model in eval mode: on the device and in the dtype of a SamModel, or on the CPU in
+        float32 from a folder.
+
+    Raises:
+        ModelError: if the model is not a SamModel, or has settings that SAM does not.
+        CheckpointError: if a folder lacks a file, or its tensors do not fit.
+    """
+    if isinstance(source, nn.Module):
+        if type(source).__name__ != "SamModel":
+            raise ModelError(
+                "this is not a transformers SamModel.",
+                got=f"{type(source).__module__}.{type(source).__qualname__}",
+                expected="transformers.SamModel",
+            )
+        where = "SamModel"
+        sam = _convert(dict(source.state_dict()), source.config.to_dict(), where)  # type: ignore[operator, union-attr]
+        return sam.to(device_of(source), dtype_of(source))
+    folder = Path(source)
+    settings = _json(folder / "config.json")
+    if settings.get("model_type") != "sam":
+        raise CheckpointError(
+            "this transformers model is not a SAM of the first generation.",
+            where=str(folder / "config.json"),
+            got=f"model_type {settings.get('model_type')!r}",
+            expected="model_type 'sam'",
+        )
+    return _convert(_folder_state(folder), settings, str(folder), _statistics(folder))
+
+
+def to_transformers(sam: nn.Module) -> SamModel:
+    """A transformers SamModel with the weights of a SAM, equal to it up to rounding.
+
+    SamModel does no preprocessing: give it images scaled to 0...1 and normalised with
+    ``sam.pixel_mean / 255`` and ``sam.pixel_std / 255``, as SamProcessor does by default.
+
+    Args:
+        sam: a SAM of any size whose blocks are alike; exact substitutes such as fused attention
+            are undone, as they have the same tensors.
+
+    Raises:
+        ModelError: if a block is narrower than others or a module has no counterpart, naming it.
+        MissingDependencyError: if transformers is not installed.
+
+    Example:
+        >>> import samcompress as sc
+        >>> to_transformers(sc.build("tiny")).config.vision_config.num_hidden_layers
+        4
+    """
+    config = _describable(sam)
+    hf = require("transformers", purpose="to_transformers")
+    model: SamModel = hf.SamModel(_settings(hf, config))
+    names = rules(config.iou_head_depth)
+    state = {rename(name, names): tensor for name, tensor in sam.state_dict().items()}
+    state[TIED] = state[SHARED]
+    model.load_state_dict(state, strict=True)
+    return model.to(device_of(sam), dtype_of(sam)).eval()  # type: ignore[arg-type]
+
+
+def state_from_transformers(state: TensorDict) -> TensorDict:
+    """The tensors of a SamModel under segment_anything's names; unknown names stay as they are."""
+    state = dict(state)
+    tied = state.pop(TIED, None)
+    if tied is not None:
+        state.setdefault(SHARED, tied)
+    inner = {
+        n.split(".")[3] for n in state if n.startswith("mask_decoder.iou_prediction_head.layers.")
+    }
+    names = rules(len(inner) + 2)
+    return {rename(name, names, back=True): tensor for name, tensor in state.items()}
+
+
+def rules(iou_head_depth: int) -> tuple[tuple[str, str], ...]:
+    """All rules for a model whose IoU head has so many layers."""
+    heads = []
+    for head, depth in HEADS.items():
+        last = (depth or iou_head_depth) - 1
+        heads += [
+            (f"{head}.layers.0", f"{head}.proj_in"),
+            (f"{head}.layers.{last}", f"{head}.proj_out"),
+        ]
+        heads += [(f"{head}.layers.{i}", f"{head}.layers.{i - 1}") for i in range(1, last)]
+    return (*heads, *RULES)
+
+
+def rename(name: str, names: tuple[tuple[str, str], ...], *, back: bool = False) -> str:
+    """A tensor's name in transformers; with `back`, that in segment_anything."""
+    for ours, theirs in names:
+        old, new = (theirs, ours) if back else (ours, theirs)
+        found = re.match(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)", name)
+        if found:
+            for number in found.groups():
+                new = new.replace("#", number, 1)
+            return new + name[found.end() :]
+    return name
+
+
+def _convert(
+    state: TensorDict, settings: dict[str, Any], where: str, statistics: TensorDict | None = None
+) -> Sam:
+    for (part, key), values in AGREES.items():
+        found = settings.get(part, {}).get(key, values[0])
+        if found not in values:
+            raise ModelError(
+                "this SamModel computes something else than SAM.",
+                where=f"{where}: {part}.{key}",
+                got=found,
+                expected=" or ".join(map(str, values)),
+            )
+    heads = settings.get("mask_decoder_config", {}).get("num_attention_heads")
+    named = {**state_from_transformers(state), **(statistics or {})}
+    config = config_from_state(named, where=where, decoder_num_heads=heads)
+    return assemble(config, named, where=where)
+
+
+def _describable(sam: nn.Module) -> SamConfig:
+    try:
+        config = config_of(sam)
+    except ModelError as err:
+        raise ModelError(
+            "a transformers SamModel cannot hold this model.",
+            where=err.where,
+            got=err.got or "a module or width that differs from the other blocks'",
+            expected="SAM's own modules, every block with the same widths",
+            fix="save it with sc.save, or convert the model before the step that made the difference",
+        ) from err
+    if config.iou_head_depth < 2 or config.mask_in_chans % 4:
+        raise ModelError(
+            "a transformers SamModel cannot hold this model.",
+            where="mask_decoder.iou_prediction_head, prompt_encoder.mask_downscaling",
+            got=f"iou_head_depth={config.iou_head_depth}, mask_in_chans={config.mask_in_chans}",
+            expected="an IoU head of two layers or more, mask_in_chans a multiple of 4",
+        )
+    return config
+
+
+def _settings(hf: Any, c: SamConfig) -> Any:
+    return hf.SamConfig(
+        vision_config=hf.SamVisionConfig(
+            image_size=c.image_size,
+            patch_size=c.patch_size,
+            hidden_size=c.embed_dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.num_heads,
+            mlp_ratio=c.mlp_ratio,
+            mlp_dim=int(c.embed_dim * c.mlp_ratio),
+            window_size=c.window_size,
+            global_attn_indexes=list(c.global_attn_indexes),
+            output_channels=c.out_chans,
+            num_pos_feats=c.out_chans // 2,
+        ),
+        prompt_encoder_config=hf.SamPromptEncoderConfig(
+            image_size=c.image_size,
+            patch_size=c.patch_size,
+            hidden_size=c.out_chans,
+            mask_input_channels=c.mask_in_chans,
+        ),
+        mask_decoder_config=hf.SamMaskDecoderConfig(
+            hidden_size=c.out_chans,
+            num_hidden_layers=c.decoder_depth,
+            mlp_dim=c.decoder_mlp_dim,
+            num_attention_heads=c.decoder_num_heads,
+            num_multimask_outputs=c.num_multimask_outputs,
+            iou_head_depth=c.iou_head_depth,
+            iou_head_hidden_dim=c.iou_head_hidden_dim,
+            layer_norm_eps=1e-5,  # segment_anything's; the default of transformers is 1e-6
+        ),
+    )
+
+
+def _folder_state(folder: Path) -> TensorDict:
+    for pattern in FILES:
+        shards = sorted(folder.glob(pattern))
+        if shards:
+            return {name: t for shard in shards for name, t in read_state(shard).items()}
+    raise CheckpointError(
+        "the folder has a configuration but no weights.",
+        where=str(folder),
+        expected=" or ".join(FILES),
+        fix="copy the whole folder, or save the model again with save_pretrained",
+    )
+
+
+def _statistics(folder: Path) -> TensorDict:
+    """What the image processor subtracts and divides by, in units of 0...255."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    settings = _json(path)
+    scale = settings.get("rescale_factor", 1 / 255)
+    keys = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+    return {
+        ours: torch.tensor(settings[theirs]) / scale
+        for ours, theirs in keys.items()
+        if theirs in settings
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise CheckpointError(
+            "a configuration file cannot be read.",
+            where=str(path),
+            got=f"{type(err).__name__}: {err}",
+            expected="JSON, as save_pretrained writes it",
+        ) from err
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,391 @@
+"""How values show themselves: one table for terminal, Markdown and HTML, and the notebook cards."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .transform import Transform
+
+WIDTH = 100
+_NARROWEST = 16  # a text column is wrapped down to this before the table is split into blocks
+_GAP = "  "
+_MARKS = {
+    # One red that is readable on white and on black, because a notebook does not tell its theme.
+    "red": "color:#d4433b;font-weight:600",
+    "grey": "opacity:.6",
+    "bold": "font-weight:600",
+}
+
+Mark = Literal["", "red", "grey", "bold"]
+
+
+def number(x: object, *, sign: bool = False) -> str:
+    """Three significant digits; whole numbers, which are counts, in full.
+
+    Args:
+        x: a number, or None, a boolean or text, which get their plain form.
+        sign: write the plus of a positive number.
+
+    Example:
+        >>> number(0.77196), number(1234.5), number(93735472), number(None), number(2.5, sign=True)
+        ('0.772', '1230', '93735472', '–', '+2.50')
+    """
+    if x is None:
+        return "–"
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    if not isinstance(x, (int, float)):
+        return str(x)
+    plus = "+" if sign and x > 0 else ""
+    if isinstance(x, int) or not math.isfinite(x):
+        return f"{plus}{x}"
+    digits = _decimals(x)
+    return f"{plus}{x:.2e}" if digits is None else f"{plus}{round(x, digits):.{max(digits, 0)}f}"
+
+
+def _decimals(x: float) -> int | None:
+    """Decimals that leave three significant digits; None where only an exponent stays readable."""
+    exponent = int(f"{x:.2e}".split("e")[1])
+    return None if x and not -5 < exponent < 6 else 2 - exponent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of a table.
+
+    Args:
+        value: what `records` returns: a number, text, or None for "there is none".
+        error: half the width of an interval, printed after ±.
+        mark: ``"red"`` for what the reader must not overlook (a ``!`` says it without colour),
+            ``"grey"`` for what another row makes needless, ``"bold"`` for the base.
+        sign: write the plus of a positive number.
+    """
+
+    value: object
+    error: float | None = None
+    mark: Mark = ""
+    sign: bool = False
+
+    @property
+    def text(self) -> str:
+        """The value as every face of the table prints it."""
+        shown = number(self.value, sign=self.sign)
+        if self.error is not None and isinstance(self.value, float):
+            digits = _decimals(self.value)
+            same = None if digits is None else f"{self.error:.{max(digits, 0)}f}"
+            shown += f" ±{same if same and float(same) else number(self.error)}"
+        return f"! {shown}" if self.mark == "red" else shown
+
+
+@dataclass(frozen=True)
+class Column:
+    """Header of a column.
+
+    Args:
+        name: heading, unique within the table.
+        unit: printed under the name.
+        align: where cells stand; numbers to the right.
+        group: columns with the same group stand under a common heading and are kept together.
+    """
+
+    name: str
+    unit: str = ""
+    align: Literal["left", "right"] = "right"
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that prints itself as text, Markdown or HTML.
+
+    A row shorter than `columns` lets its last cell run over the columns that are left.
+
+    Args:
+        columns: headers.
+        rows: cells; plain values are taken as `Cell(value)`.
+        title: printed above.
+        notes: printed below, one a line.
+
+    Example:
+        >>> print(Table((Column("name", align="left"), Column("size", "MB")), [("base", 4.1)]))
+        name  size
+              (MB)
+        ----  ----
+        base  4.10
+    """
+
+    columns: tuple[Column, ...]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def cells(self) -> list[list[Cell]]:
+        """The rows, every value as a `Cell`."""
+        return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
+
+    def records(self) -> list[dict[str, object]]:
+        """The values behind the table, one dictionary a row; errors under ``"name ±"``."""
+        found = []
+        for row in self.cells():
+            record: dict[str, object] = {}
+            for column, cell in zip(self.columns, row, strict=False):
+                record[column.name] = cell.value
+                if cell.error is not None:
+                    record[f"{column.name} ±"] = cell.error
+            found.append(record)
+        return found
+
+    def __str__(self) -> str:
+        return self.text()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    # --- text ---------------------------------------------------------------------------------------
+
+    def text(self, width: int = WIDTH) -> str:
+        """Fixed-width text of at most `width` columns.
+
+        Long text is wrapped; what then is still too wide goes on below, under its first column.
+        """
+        widths = self._widths(width)
+        blocks = [self._block(widths, ids) for ids in self._blocks(widths, width)]
+        parts = textwrap.wrap(self.title, width) + ["\n\n".join(blocks)]
+        for note in self.notes:
+            parts += textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
+        return "\n".join(parts)
+
+    def _widths(self, width: int) -> list[int]:
+        widths = []
+        full = [row for row in self.cells() if len(row) == len(self.columns)]
+        for i, column in enumerate(self.columns):
+            words = column.name.split() + ([f"({column.unit})"] if column.unit else [])
+            words += [_short(row[i]) for row in full] + [
+                row[i].text for row in self.cells() if i < len(row) - 1
+            ]
+            widths.append(max(map(len, words)))
+        texts = [i for i, c in enumerate(self.columns) if c.align == "left"]
+        while sum(widths) + len(_GAP) * (len(widths) - 1) > width and texts:
+            widest = max(texts, key=lambda i: widths[i])
+            if widths[widest] <= _NARROWEST:
+                break
+            widths[widest] -= 1
+        return widths
+
+    def _blocks(self, widths: list[int], width: int) -> list[list[int]]:
+        """Column numbers of each block, packed by group, the first column in every block."""
+        groups = itertools.groupby(range(1, len(widths)), key=lambda i: self.columns[i].group)
+        packs = [list(ids) for _, ids in groups]
+        if not _fits([0, *itertools.chain(*packs)], widths, width):
+            packs = [p for pack in packs for p in _cut(pack, widths, width)]
+        blocks = [[0]]
+        for pack in packs:
+            if len(blocks[-1]) > 1 and not _fits(blocks[-1] + pack, widths, width):
+                blocks.append([0])
+            blocks[-1] += pack
+        return blocks
+
+    def _block(self, widths: list[int], ids: list[int]) -> str:
+        columns = [self.columns[i] for i in ids]
+        sizes = [widths[i] for i in ids]
+        heads = [
+            textwrap.wrap(c.name, w) + ([f"({c.unit})"] if c.unit else [])
+            for c, w in zip(columns, sizes, strict=True)
+        ]
+        lines = _grid(heads, columns, sizes)
+        lines.append(_GAP.join("-" * size for size in sizes))
+        for row in self.cells():
+            if len(row) < len(self.columns) and len(ids) > len(row):
+                room = sum(sizes[len(row) - 1 :]) + len(_GAP) * (len(ids) - len(row))
+                kept = [*columns[: len(row) - 1], Column("", align="left")]
+                spans = [*sizes[: len(row) - 1], room]
+                texts = [textwrap.wrap(c.text, w) for c, w in zip(row, spans, strict=True)]
+                lines += _grid(texts, kept, spans)
+            else:
+                shown = [row[i].text if i < len(row) else "" for i in ids]
+                texts = [
+                    textwrap.wrap(text, size, break_on_hyphens=False)
+                    for text, size in zip(shown, sizes, strict=True)
+                ]
+                lines += _grid(texts, columns, sizes)
+        return "\n".join(lines)
+
+    # --- Markdown and HTML ----------------------------------------------------------------------------
+
+    def markdown(self) -> str:
+        """A Markdown table; red cells and bold ones are bold."""
+        lines = [f"**{_md(self.title)}**", ""] if self.title else []
+        lines.append(_pipes(_md(f"{c.name} ({c.unit})" if c.unit else c.name) for c in self.columns))
+        lines.append(_pipes("---" if c.align == "left" else "---:" for c in self.columns))
+        for row in self.cells():
+            shown = [f"**{_md(c.text)}**" if c.mark in ("red", "bold") else _md(c.text) for c in row]
+            lines.append(_pipes(shown + [""] * (len(self.columns) - len(row))))
+        if self.notes:
+            lines += ["", *itertools.chain(*([_md(n), ""] for n in self.notes))][:-1]
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """An HTML table that takes its colours from the page, light or dark."""
+        head = []
+        if any(c.group for c in self.columns):
+            groups = [(g, len(list(c))) for g, c in itertools.groupby(c.group for c in self.columns)]
+            names = (
+                f'<th colspan="{n}" style="text-align:center;padding:0 .6em">{escape(g)}</th>'
+                for g, n in groups
+            )
+            head.append(f"<tr>{''.join(names)}</tr>")
+        titles = (
+            f'<th style="{_css(c)};vertical-align:bottom">{escape(c.name)}'
+            + (f'<br><small style="opacity:.7">{escape(c.unit)}</small>' if c.unit else "")
+            + "</th>"
+            for c in self.columns
+        )
+        head.append(f"<tr>{''.join(titles)}</tr>")
+        body = [f"<tr>{''.join(self._html_cells(row))}</tr>" for row in self.cells()]
+        caption = f"<caption style={_CAPTION}>{escape(self.title)}</caption>" if self.title else ""
+        notes = "".join(f"<div><small>{escape(n)}</small></div>" for n in self.notes)
+        return (
+            f'<div style="color-scheme:light dark;color:inherit;overflow-x:auto">'
+            f'<table style="border-collapse:collapse;font-variant-numeric:tabular-nums">{caption}'
+            f"<thead>{''.join(head)}</thead>\n<tbody>{chr(10).join(body)}</tbody></table>{notes}</div>"
+        )
+
+    def _html_cells(self, row: list[Cell]) -> Iterator[str]:
+        for i, (column, cell) in enumerate(zip(self.columns, row, strict=False)):
+            span = len(self.columns) - i if i == len(row) - 1 else 1
+            if span > 1:
+                column = Column(column.name, align="left")
+            style = ";".join(filter(None, (_css(column), _MARKS.get(cell.mark))))
+            wide = f' colspan="{span}"' if span > 1 else ""
+            yield f'<td{wide} style="{style}">{escape(cell.text)}</td>'
+
+
+_CAPTION = '"text-align:left;font-weight:600;padding:.3em 0"'
+
+
+def _short(cell: Cell) -> str:
+    # Two words such as "not measured" may stand on two lines in a column of numbers.
+    return max(cell.text.split(), key=len) if cell.value == "not measured" else cell.text
+
+
+def _fits(ids: list[int], widths: list[int], width: int) -> bool:
+    return sum(widths[i] for i in ids) + len(_GAP) * (len(ids) - 1) <= width
+
+
+def _cut(pack: list[int], widths: list[int], width: int) -> list[list[int]]:
+    """A group that is too wide by itself, cut where it no longer fits beside the first column."""
+    parts: list[list[int]] = [[]]
+    for i in pack:
+        if parts[-1] and not _fits([0, *parts[-1], i], widths, width):
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def _grid(texts: Sequence[list[str]], columns: Sequence[Column], sizes: Sequence[int]) -> list[str]:
+    """Cells of one row, each a list of lines, side by side."""
+    lines = []
+    for parts in itertools.zip_longest(*texts, fillvalue=""):
+        padded = (
+            f"{part:<{size}}" if column.align == "left" else f"{part:>{size}}"
+            for part, column, size in zip(parts, columns, sizes, strict=True)
+        )
+        lines.append(_GAP.join(padded).rstrip())
+    return lines
+
+
+def _css(column: Column) -> str:
+    wrap = "" if column.align == "left" else ";white-space:nowrap"
+    return f"text-align:{column.align};padding:.15em .6em{wrap}"
+
+
+def _pipes(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _md(text: str) -> str:
+    for plain, safe in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("\n", " ")):
+        text = text.replace(plain, safe)
+    return text
+
+
+# --- cards ------------------------------------------------------------------------------------------
+
+
+def summary_line(thing: object) -> str:
+    """First line of a docstring, without its full stop; empty where there is none."""
+    return (inspect.getdoc(thing) or "").split("\n")[0].rstrip(".")
+
+
+def section(thing: object, title: str) -> str:
+    """One section of a Google-style docstring as plain text; empty where it is absent."""
+    found = re.search(
+        rf"^{title}:\s*(.*?)(?=^\w[\w ]*:\s|\Z)", inspect.getdoc(thing) or "", re.M | re.S
+    )
+    return textwrap.dedent(found[1]).strip() if found else ""
+
+
+def transform_card(transform: Transform) -> str:
+    """HTML card of a technique: what it does, its settings, where it comes from."""
+    kind = type(transform)
+    settings = Table(
+        (Column("setting", align="left"), Column("value", align="left")),
+        [(k, repr(v)) for k, v in transform.params().items()],
+    )
+    source = " ".join(section(kind, "Source").split())
+    parts = [
+        f"<b>{escape(transform.label)}</b> – {escape(summary_line(kind))}",
+        settings.html() if settings.rows else "",
+        f"<small>{_links(source)}</small>" if source else "",
+    ]
+    return _card(parts)
+
+
+def pipeline_card(pipeline: Pipeline) -> str:
+    """HTML card of a pipeline: its steps in order, their phase and what they need."""
+    rows = [
+        (i, step.label, _settings(step), step.phase, ", ".join(needs(step)) or "nothing")
+        for i, step in enumerate(pipeline.steps, 1)
+    ]
+    columns = (
+        Column("step"),
+        Column("technique", align="left"),
+        Column("settings", align="left"),
+        Column("phase"),
+        Column("needs", align="left"),
+    )
+    return _card(["<b>Pipeline</b>", Table(columns, rows).html()])
+
+
+def needs(step: Transform) -> list[str]:
+    """What a step needs beside the model: data, a teacher, optional packages."""
+    asked = [("data", step.needs_data), ("teacher", step.needs_teacher)]
+    return [name for name, wanted in asked if wanted] + [f"samcompress[{e}]" for e in step.extras]
+
+
+def _settings(step: Transform) -> str:
+    return repr(step).partition("(")[2][:-1]
+
+
+def _card(parts: list[str]) -> str:
+    inner = "".join(f"<div>{part}</div>" for part in parts if part)
+    style = "color-scheme:light dark;color:inherit;border:1px solid;border-radius:6px;padding:.5em .8em"
+    return f'<div style="{style};display:inline-block;border-color:#8888">{inner}</div>'
+
+
+def _links(text: str) -> str:
+    """Escaped text with its arXiv ids made into links."""
+    link = r'<a href="https://arxiv.org/abs/\1" style="color:inherit">arXiv \1</a>'
+    return re.sub(r"arXiv[: ]\s*(\d{4}\.\d{4,5})", link, escape(text))

@@ -1,0 +1,391 @@
+"""From images and prompts to masks, for batches of images and ragged prompts.
+
+Gives what `segment_anything.SamPredictor` gives for one image and one prompt at a time. Prompts of one
+image are decoded together where they have the same number of points and the same kinds: padding
+points would be tokens that the others attend to, and so would change the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor, nn
+
+from .contract import check_sam, device_of, dtype_of
+from .errors import ConfigError, DataError, ShapeError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked about one object, in pixels of the original image.
+
+    Args:
+        points: (N, 2) x, y; None for no points.
+        labels: (N,) 1 inside the object, 0 outside it; all 1 if left out.
+        box: (4,) x0, y0, x1, y1.
+        mask: (1, 4h, 4w) low-resolution logits, as an earlier `Prediction.logits` gives.
+
+    Raises:
+        ConfigError: if nothing is given, a number is not finite, or a label is not 0 or 1.
+        ShapeError: if an array has another shape.
+
+    Example:
+        >>> Prompt(points=[[20, 30]])
+        Prompt(points=1, box=False, mask=False)
+    """
+
+    points: Any = None
+    labels: Any = None
+    box: Any = None
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        points = _array("points", self.points, (-1, 2))
+        labels = _array("labels", self.labels, (-1,))
+        if points is not None and labels is None:
+            labels = np.ones(len(points), np.float32)
+        for name, value in (
+            ("points", points),
+            ("labels", labels),
+            ("box", _array("box", self.box, (4,))),
+            ("mask", _array("mask", self.mask, (1, -1, -1))),
+        ):
+            object.__setattr__(self, name, value)
+        if points is None and self.box is None and self.mask is None:
+            raise ConfigError("a prompt asks nothing.", expected="points, a box or a mask")
+        if (points is None) != (labels is None) or (
+            points is not None and len(points) != len(labels)
+        ):
+            raise ShapeError(
+                "points and labels of a prompt differ in number.",
+                got=f"{0 if points is None else len(points)} points, "
+                f"{0 if labels is None else len(labels)} labels",
+            )
+        if points is not None and len(points) == 0:
+            raise ConfigError("a prompt has an empty list of points.", fix="leave out points=")
+        if labels is not None and not np.isin(labels, (0, 1)).all():
+            raise ConfigError(
+                "a point's label is neither 0 nor 1.", got=labels.tolist(), expected="0 or 1"
+            )
+
+    @property
+    def kind(self) -> tuple[int, bool, bool]:
+        """Number of points, whether there is a box, whether there is a mask."""
+        n = 0 if self.points is None else len(self.points)
+        return n, self.box is not None, self.mask is not None
+
+    def __repr__(self) -> str:
+        n, box, mask = self.kind
+        return f"Prompt(points={n}, box={box}, mask={mask})"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One encoded image.
+
+    Attributes:
+        features: (1, C, h, w).
+        input_size: height and width of the resized image inside the padded square.
+        size: height H and width W of the original image.
+    """
+
+    features: Tensor
+    input_size: tuple[int, int]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Masks of one image.
+
+    Attributes:
+        masks: (P, M, H, W) bool on the CPU; None if full-size masks were not asked for.
+        scores: (P, M) float32, the model's own estimate of each mask's IoU.
+        logits: (P, M, 4h, 4w) float32, low resolution, in the padded frame.
+    """
+
+    masks: Tensor | None
+    scores: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
+    """Resize the longest side to S, normalise, pad to a square.
+
+    Args:
+        model: the SAM; its mean, deviation and S are used.
+        image: (H, W, 3) uint8 RGB.
+
+    Returns:
+        (3, S, S) on the model's device and in its type, and the size inside the padding.
+
+    Raises:
+        ShapeError: if the image is not (H, W, 3).
+        DataError: if it is not uint8.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ShapeError(
+            "an image has the wrong shape.",
+            got=image.shape,
+            expected="(H, W, 3)",
+            fix='np.asarray(PIL.Image.open(path).convert("RGB"))',
+        )
+    if image.dtype != np.uint8:
+        raise DataError(
+            "an image has the wrong type.",
+            got=image.dtype,
+            expected="uint8, 0 to 255",
+            fix="scale it to 0...255 and use .astype(np.uint8)",
+        )
+    side = model.image_encoder.img_size
+    height, width = ResizeLongestSide.get_preprocess_shape(*image.shape[:2], side)
+    if min(height, width) == 0:
+        raise ShapeError(
+            "an image is too narrow for this model.",
+            got=image.shape,
+            expected=f"at most {2 * side} times as long as wide",
+        )
+    resized = ResizeLongestSide(side).apply_image(image)
+    tensor = torch.as_tensor(resized, device=device_of(model)).permute(2, 0, 1)
+    return model.preprocess(tensor).to(dtype_of(model.image_encoder)), (height, width)
+
+
+def encode(
+    model: nn.Module, images: Iterable[np.ndarray], *, batch_size: int = 1
+) -> list[Embedding]:
+    """Encode images of any sizes.
+
+    Args:
+        model: a SAM; left in the mode it is in, used without gradients.
+        images: (H, W, 3) uint8 RGB arrays.
+        batch_size: images in one call of the encoder.
+
+    Returns:
+        One `Embedding` an image, in order.
+    """
+    check_sam(model)
+    found: list[Embedding] = []
+    images = list(images)
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            ready = [preprocess(model, image) for image in batch]
+            features = model.image_encoder(torch.stack([tensor for tensor, _ in ready]))
+            found += [
+                Embedding(features[i : i + 1], ready[i][1], tuple(np.shape(image)[:2]))
+                for i, image in enumerate(batch)
+            ]
+    return found
+
+
+def decode(
+    model: nn.Module,
+    embedding: Embedding,
+    prompts: Sequence[Prompt],
+    *,
+    multimask: bool = False,
+    prompt_batch: int = 64,
+    full_size: bool = True,
+) -> Prediction:
+    """Masks for prompts on one encoded image.
+
+    Args:
+        model: the SAM that made the embedding.
+        embedding: from `encode`.
+        prompts: P prompts; they may differ in points and kinds.
+        multimask: give the three masks of an ambiguous prompt instead of the single one.
+        prompt_batch: prompts decoded in one call.
+        full_size: also make the masks at the original size.
+
+    Returns:
+        M is 3 with `multimask`, 1 without; an empty list of prompts gives P = 0.
+
+    Raises:
+        ShapeError: if a mask prompt is not (1, 4h, 4w).
+        DataError: if a box or point lies entirely outside the image.
+    """
+    check_sam(model)
+    for index, prompt in enumerate(prompts):
+        _check_inside(prompt, embedding.size, index)
+    groups: dict[tuple[int, bool, bool], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt.kind, []).append(index)
+    logits: list[Tensor] = [torch.empty(0)] * len(prompts)
+    scores, masks = list(logits), list(logits)
+    with torch.inference_mode():
+        for members in groups.values():
+            for start in range(0, len(members), prompt_batch):
+                chunk = members[start : start + prompt_batch]
+                low, score = _run(model, embedding, [prompts[i] for i in chunk], multimask)
+                full = _full_size(model, low, embedding) if full_size else low
+                for row, index in enumerate(chunk):
+                    logits[index], scores[index] = low[row].float().cpu(), score[row].float().cpu()
+                    masks[index] = full[row]
+    if not prompts:
+        h, w = model.prompt_encoder.mask_input_size
+        count = 3 if multimask else 1
+        none = torch.zeros(0, count)
+        full = torch.zeros(0, count, *embedding.size, dtype=torch.bool)
+        return Prediction(full if full_size else None, none, torch.zeros(0, count, h, w))
+    return Prediction(
+        torch.stack(masks) if full_size else None, torch.stack(scores), torch.stack(logits)
+    )
+
+
+def predict(
+    model: nn.Module,
+    images: Iterable[np.ndarray],
+    prompts: Sequence[Sequence[Prompt]],
+    *,
+    multimask: bool = False,
+    batch_size: int = 1,
+    prompt_batch: int = 64,
+) -> list[Prediction]:
+    """Masks for several images with several prompts each.
+
+    Args:
+        model: any SAM.
+        images: B arrays (H, W, 3), uint8 RGB, of any sizes.
+        prompts: for each image a list of prompts; lengths and kinds may differ.
+        multimask: three masks a prompt instead of one.
+        batch_size: images encoded in one call.
+        prompt_batch: prompts decoded in one call.
+
+    Returns:
+        One `Prediction` an image.
+
+    Raises:
+        DataError: if the numbers of images and of prompt lists differ.
+
+    Example:
+        >>> import samcompress as sc
+        >>> scene = sc.shapes(1)[0]
+        >>> found = sc.predict(sc.build("tiny"), [scene.image], [[sc.Prompt(points=[[9, 9]])]])
+        >>> found[0].masks.shape[:2]
+        torch.Size([1, 1])
+    """
+    images = list(images)
+    if len(images) != len(prompts):
+        raise DataError(
+            "images and lists of prompts differ in number.",
+            got=f"{len(images)} images, {len(prompts)} lists",
+            expected="one list of prompts for each image",
+        )
+    found: list[Prediction] = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        embeddings = encode(model, images[part], batch_size=batch_size)
+        found += [
+            decode(model, embedding, asked, multimask=multimask, prompt_batch=prompt_batch)
+            for embedding, asked in zip(embeddings, prompts[part], strict=True)
+        ]
+    return found
+
+
+def frame_scale(embedding: Embedding) -> np.ndarray:
+    """(2,) factors from x, y of the original image to the padded frame."""
+    (height, width), (new_height, new_width) = embedding.size, embedding.input_size
+    return np.array([new_width / width, new_height / height])
+
+
+def _run(
+    model: Any, embedding: Embedding, prompts: list[Prompt], multimask: bool
+) -> tuple[Tensor, Tensor]:
+    device = embedding.features.device
+    scale = frame_scale(embedding)
+    n, has_box, has_mask = prompts[0].kind
+
+    def tensor(arrays: list[np.ndarray]) -> Tensor:
+        return torch.as_tensor(np.stack(arrays), dtype=torch.float32, device=device)
+
+    points = boxes = masks = None
+    if n:
+        points = (
+            tensor([p.points.astype(np.float64) * scale for p in prompts]),
+            tensor([p.labels for p in prompts]),
+        )
+    if has_box:
+        boxes = tensor([(p.box.astype(np.float64).reshape(2, 2) * scale).ravel() for p in prompts])
+    if has_mask:
+        masks = tensor([p.mask for p in prompts])
+        size = model.prompt_encoder.mask_input_size
+        if tuple(masks.shape[-2:]) != tuple(size):
+            raise ShapeError(
+                "a mask prompt has the wrong shape.",
+                got=tuple(masks.shape[1:]),
+                expected=(1, *size),
+                fix="pass low-resolution logits, as Prediction.logits[p, m:m+1]",
+            )
+        masks = masks.to(dtype_of(model.prompt_encoder))
+    sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=masks)
+    decoder_type = dtype_of(model.mask_decoder)
+    return model.mask_decoder(
+        image_embeddings=embedding.features.to(decoder_type),
+        image_pe=model.prompt_encoder.get_dense_pe().to(decoder_type),
+        sparse_prompt_embeddings=sparse.to(decoder_type),
+        dense_prompt_embeddings=dense.to(decoder_type),
+        multimask_output=multimask,
+    )
+
+
+def _full_size(model: Any, low: Tensor, embedding: Embedding) -> Tensor:
+    full = model.postprocess_masks(low.float(), embedding.input_size, embedding.size)
+    return (full > model.mask_threshold).cpu()
+
+
+def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().float().numpy()
+    array = np.asarray(value, dtype=np.float32)
+    if array.size == 0 and shape == (-1, 2):
+        array = array.reshape(0, 2)
+    fits = array.ndim == len(shape) and all(
+        want in (-1, have) for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        text = ", ".join("N" if s == -1 else str(s) for s in shape)
+        raise ShapeError(
+            f"{name} of a prompt has the wrong shape.", got=array.shape, expected=f"({text})"
+        )
+    if not np.isfinite(array).all():
+        raise ConfigError(
+            f"{name} of a prompt holds a number that is not finite.",
+            got=array.tolist() if array.size <= 8 else f"{(~np.isfinite(array)).sum()} of them",
+            expected="finite numbers",
+        )
+    return array
+
+
+def _check_inside(prompt: Prompt, size: tuple[int, int], index: int) -> None:
+    height, width = size
+    if prompt.box is not None:
+        x0, y0, x1, y1 = prompt.box.tolist()
+        if x1 < x0 or y1 < y0 or x1 < 0 or y1 < 0 or x0 > width or y0 > height:
+            raise DataError(
+                "a box does not lie in its image.",
+                where=f"prompt {index}",
+                got=[x0, y0, x1, y1],
+                expected=f"x0 <= x1, y0 <= y1, touching 0...{width} by 0...{height}",
+                fix="boxes are x0, y0, x1, y1 in pixels of the original image, not x, y, w, h",
+            )
+    if prompt.points is not None:
+        x, y = prompt.points.T
+        if ((x < 0) | (y < 0) | (x > width) | (y > height)).any():
+            raise DataError(
+                "a point lies outside its image.",
+                where=f"prompt {index}",
+                got=prompt.points.tolist(),
+                expected=f"0...{width} by 0...{height}",
+                fix="points are x, y in pixels of the original image",
+            )

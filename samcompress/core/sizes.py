@@ -1,0 +1,25 @@
+"""How much a model holds."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Stored weights, each tensor once; the integers of quantised layers are weights too."""
+    integers = [b for b in module.buffers() if not b.is_floating_point()]
+    return sum({_key(t): t.numel() for t in (*module.parameters(), *integers)}.values())
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of all weights and buffers, each tensor once, and of the files of an exported model."""
+    tensors = (*module.parameters(), *module.buffers())
+    files = {f for m in module.modules() for f in getattr(m, "artifacts", {}).values()}
+    stored = {_key(t): t.numel() * t.element_size() for t in tensors}
+    return sum(stored.values()) + sum(f.stat().st_size for f in files)
+
+
+def _key(tensor: object) -> tuple[int, object]:
+    # Tensors on the meta device all have address 0, so they are told apart by identity.
+    address = tensor.data_ptr()  # type: ignore[attr-defined]
+    return (address, tensor.shape) if address else (id(tensor), None)  # type: ignore[attr-defined]

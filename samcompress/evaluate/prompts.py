@@ -1,0 +1,221 @@
+"""Prompts built from the ground truth, by name, and the clicks that correct an answer.
+
+| name | the prompt |
+|---|---|
+| ``box`` | the annotation's box, unrounded |
+| ``box-tight`` | the smallest box of whole pixels around the mask |
+| ``center`` (``point``) | the pixel farthest from the boundary |
+| ``random-k`` | k pixels of the mask, drawn without replacement |
+| ``annotated`` | the point stored with the annotation |
+| ``clicks-k`` | ``center``, then k - 1 clicks, each in the larger of the missed and the extra area |
+| ``clicks-k-xor`` | the same, each in the middle of the missed and extra area taken together |
+| ``box+k``, ``box+k-xor`` | ``box``, then k such clicks |
+
+Everything is a pure function of the annotation, its mask, and (seed, image id, annotation id).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import ConfigError, DataError, closest
+from ..core.predict import Prompt
+from .masks import farthest, tight_box
+
+NAMES = ("box", "box-tight", "center", "random-k", "annotated", "clicks-k", "clicks-k-xor")
+NAMES += ("box+k", "box+k-xor")
+
+_ALIAS = {"point": "center"}
+_PATTERN = re.compile(
+    r"(?P<plain>box|box-tight|center|annotated)"
+    r"|random-(?P<random>[1-9]\d*)"
+    r"|(?:clicks-(?P<clicks>[1-9]\d*)|box\+(?P<more>[1-9]\d*))(?P<xor>-xor)?"
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an object is asked for: a first prompt, and how many clicks correct the answer.
+
+    Attributes:
+        name: canonical name, as in the protocol id.
+        first: ``box``, ``box-tight``, ``center``, ``annotated`` or ``random``.
+        count: number of points of ``random``.
+        clicks: number of correcting clicks.
+        xor: correct missed and extra area together instead of the larger one.
+    """
+
+    name: str
+    first: str
+    count: int = 0
+    clicks: int = 0
+    xor: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Rule:
+        """The rule of a name.
+
+        Raises:
+            ConfigError: if there is none, with the nearest names.
+
+        Example:
+            >>> Rule.parse("clicks-3").clicks
+            2
+        """
+        name = _ALIAS.get(name, name) if isinstance(name, str) else name
+        match = _PATTERN.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            near = closest(str(name), (*NAMES, *_ALIAS))
+            raise ConfigError(
+                "unknown prompt.",
+                got=name,
+                expected=", ".join((*NAMES, *_ALIAS)) + "; k is a number from 1",
+                fix=near,
+            )
+        xor = bool(match["xor"])
+        if match["random"]:
+            return cls(name, "random", count=int(match["random"]))
+        if match["clicks"]:
+            return cls(name, "center", clicks=int(match["clicks"]) - 1, xor=xor)
+        if match["more"]:
+            return cls(name, "box", clicks=int(match["more"]), xor=xor)
+        return cls(name, match["plain"])
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed matters."""
+        return self.first == "random"
+
+    def start(self, instance: Any, mask: np.ndarray, *, image_id: Any, seed: int = 0) -> Prompt:
+        """The first prompt for one object.
+
+        Args:
+            instance: the annotation: its id, box and point.
+            mask: (H, W) bool, its mask, not empty.
+            image_id: id of its image.
+            seed: of the drawing.
+
+        Raises:
+            DataError: if the annotation lacks the point, or has a box with its ends swapped.
+        """
+        if self.first == "box":
+            return box(instance.box)
+        if self.first == "annotated":
+            return annotated(instance.point)
+        if self.first == "random":
+            return random_points(mask, self.count, generator(seed, image_id, instance.id))
+        return box(tight_box(mask)) if self.first == "box-tight" else center(mask)
+
+    def correct(self, prompt: Prompt, mask: np.ndarray, answer: np.ndarray) -> Prompt | None:
+        """The prompt with one click more; None where the answer leaves no pixel to click.
+
+        Args:
+            prompt: all that was asked so far.
+            mask: (H, W) bool, the truth.
+            answer: (H, W) bool, what the model gave.
+        """
+        points = np.zeros((0, 2)) if prompt.points is None else prompt.points
+        labels = np.zeros(0) if prompt.labels is None else prompt.labels
+        clicked = [(int(x), int(y)) for x, y in points]
+        click = next_click(mask, answer, clicked, xor=self.xor)
+        if click is None:
+            return None
+        x, y, label = click
+        return Prompt(
+            points=np.vstack([points, [x, y]]), labels=np.append(labels, label), box=prompt.box
+        )
+
+
+def box(corners: Sequence[float] | None) -> Prompt:
+    """A box, neither rounded nor jittered.
+
+    Raises:
+        DataError: if there is none, or its ends are swapped.
+    """
+    if corners is None or corners[2] < corners[0] or corners[3] < corners[1]:
+        raise DataError("an annotation has no usable box.", got=corners, expected="x0, y0, x1, y1")
+    return Prompt(box=corners)
+
+
+def center(mask: np.ndarray) -> Prompt:
+    """One click on the pixel farthest from the boundary; ties go to the first in row-major order.
+
+    Raises:
+        DataError: if the mask is empty.
+    """
+    found = farthest(mask)
+    if found is None:
+        raise DataError("an empty mask has no point.", expected="one pixel or more")
+    return Prompt(points=[found[:2]])
+
+
+def random_points(mask: np.ndarray, k: int, generator: np.random.Generator) -> Prompt:
+    """k pixels of a mask, uniform and without replacement; all of them if there are fewer.
+
+    Raises:
+        DataError: if the mask is empty.
+    """
+    inside = np.flatnonzero(mask)
+    if not len(inside):
+        raise DataError("an empty mask has no point.", expected="one pixel or more")
+    y, x = np.divmod(generator.choice(inside, min(k, len(inside)), replace=False), mask.shape[1])
+    return Prompt(points=np.stack([x, y], axis=1))
+
+
+def annotated(point: Sequence[float] | None) -> Prompt:
+    """The point that an annotation of SA-1B carries.
+
+    Raises:
+        DataError: if it carries none.
+    """
+    if point is None:
+        raise DataError(
+            "an annotation has no point.",
+            expected="point_coords, as SA-1B has",
+            fix='prompts="center"',
+        )
+    return Prompt(points=[point])
+
+
+def next_click(
+    mask: np.ndarray,
+    answer: np.ndarray,
+    clicked: Sequence[tuple[int, int]] = (),
+    *,
+    xor: bool = False,
+) -> tuple[int, int, int] | None:
+    """Where a patient user clicks next: the middle of the error.
+
+    Args:
+        mask: (H, W) bool, the truth.
+        answer: (H, W) bool, what the model gave.
+        clicked: x, y of earlier clicks, not clicked again.
+        xor: look at missed and extra area together instead of at the larger of the two.
+
+    Returns:
+        x, y, and 1 for a missed or 0 for an extra pixel; None where no pixel is left.
+
+    Source:
+        Two areas: RITM, arXiv 2102.06583, and EfficientViT-SAM, arXiv 2402.05008. One area:
+        Segment Anything, arXiv 2304.02643, appendix D.1.
+    """
+    if xor:
+        found = farthest(mask ^ answer, without=clicked)
+        return None if found is None else (*found[:2], int(mask[found[1], found[0]]))
+    missed = farthest(mask & ~answer, without=clicked)
+    extra = farthest(answer & ~mask, without=clicked)
+    if missed is not None and (extra is None or missed[2] > extra[2]):
+        return (*missed[:2], 1)
+    return None if extra is None else (*extra[:2], 0)
+
+
+def generator(seed: int, image_id: Any, annotation_id: Any) -> np.random.Generator:
+    """A stream of its own for every object, whatever the order in which objects are visited."""
+    digest = hashlib.sha256(f"{seed}:{image_id}:{annotation_id}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))

@@ -1,0 +1,130 @@
+"""Layers whose weights are stored as integers, in ordinary buffers of ordinary modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LEVELS = 127  # the range is -127...127, so that -q always exists
+
+
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of a weight with one scale for each output channel.
+
+    Args:
+        weight: (out, ...) floating point.
+
+    Returns:
+        (out, ...) int8 codes in -127...127 and (out,) float32 scales; ``codes * scale`` differs from
+        the weight by at most half a scale, that is max|w| of the channel / 254.
+    """
+    weight = weight.detach().float()
+    largest = weight.flatten(1).abs().amax(1)
+    # A channel of zeros has codes 0 whatever its scale; 1 keeps the division finite. So does the
+    # smallest normal number for channels so tiny that a 127th of them would be rounded away.
+    scale = (largest / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.where(largest > 0, scale, torch.ones_like(scale))
+    codes = (weight / _along(scale, weight)).round().clamp(-LEVELS, LEVELS)
+    return codes.to(torch.int8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale`` computed in float32 and rounded once to `dtype`.
+
+    Args:
+        codes: (out, ...) int8.
+        scale: (out,) float32.
+        dtype: of the result.
+    """
+    return (codes.to(scale.dtype) * _along(scale, codes)).to(dtype)
+
+
+class _Int8(nn.Module):
+    """An int8 `weight`, its float32 `scale` a channel, and the bias of the layer that it replaces.
+
+    The weight starts as zeros of the right shape, for a checkpoint to be poured in.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        at = layer.weight.device
+        self.register_buffer("weight", torch.zeros(layer.weight.shape, dtype=torch.int8, device=at))
+        self.register_buffer("scale", torch.ones(len(layer.weight), device=at, dtype=torch.float32))
+        self.register_parameter("bias", layer.bias)
+        self.train(layer.training)
+
+    def fill(self, weight: Tensor) -> None:
+        """Store the codes and scales of a floating-point weight."""
+        self.weight, self.scale = quantize_channels(weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `.bfloat16()` must not round the scales: they stay float32, like the codes stay int8.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+class Int8Linear(_Int8):
+    """`nn.Linear` with an int8 weight, made floating point again for each call."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), in the type of `x`."""
+        return F.linear(x, dequantize(self.weight, self.scale, x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
+
+
+class Int8Conv2d(_Int8):
+    """`nn.Conv2d` (zero padding) with an int8 weight, made floating point again for each call."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride = layer.kernel_size, layer.stride
+        self.padding, self.dilation, self.groups = layer.padding, layer.dilation, layer.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) to (B, out_channels, h', w'), in the type of `x`."""
+        weight = dequantize(self.weight, self.scale, x.dtype)
+        return F.conv2d(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
+
+
+def int8_twin(layer: nn.Module) -> Int8Linear | Int8Conv2d | None:
+    """An int8 layer of the same shape, still of zeros; None for a layer of another kind.
+
+    Exact classes only: a subclass may use its weight in ways we do not know.
+    """
+    if type(layer) is nn.Linear:
+        return Int8Linear(layer)
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        return Int8Conv2d(layer)
+    return None
+
+
+def _along(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weight.ndim - 1))

@@ -1,0 +1,37 @@
+"""One row a registered technique: how the generic tests make it, and what it must change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A technique on the small random SAM of conftest.
+
+    Attributes:
+        name: registered name.
+        params: fields, small enough for a test of a second.
+        shrinks: facts that must fall, of "parameters" and "bytes".
+        exact: largest difference of the low-resolution logits from the input model's; None for any.
+        tolerance: largest difference of two runs, or of a saved and loaded copy: 0 for torch.
+        twice: error that applying the technique a second time raises; None where that makes sense.
+    """
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    shrinks: tuple[str, ...] = ()
+    exact: float | None = None
+    tolerance: float = 0.0
+    twice: str | None = None
+
+
+CASES = (
+    Case("substitute.image_size", {"size": 32}, shrinks=("parameters", "bytes"), twice="NoEffectError"),
+    Case("prune.mlp", {"ratio": 0.5}, shrinks=("parameters", "bytes")),
+    Case("attention.fused", exact=1e-4, twice="NoEffectError"),
+    Case("distill.encoder", {"steps": 3, "batch_size": 2}),
+    Case("quantize.int8_weights", {"min_size": 0}, shrinks=("bytes",), twice="NoEffectError"),
+    Case("compile.export", exact=1e-3, tolerance=1e-5, twice="OrderError"),
+)
