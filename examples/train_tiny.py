@@ -188,33 +188,32 @@ def overlap(logits: Tensor, target: Tensor) -> Tensor:
     return (mask & truth).sum((2, 3)) / (mask | truth).sum((2, 3)).clamp(min=1)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training."""
-
-    name: str
-    steps: int
-    lr: float
-    images: int
-    each: int
-    rounds: int
-    focus: float
-
-
 class Objective:
-    """The loss of a step: images, prompts and rounds are drawn from the step's own generator."""
+    """The loss of a step: images, prompts and rounds are drawn from the step's own generator.
 
-    def __init__(self, sam: Sam, scenes: Scenes, stage: Stage) -> None:
-        self.sam, self.scenes, self.stage = sam, scenes, stage
+    Args:
+        sam: the model.
+        scenes: to learn from.
+        plan: its steps say how far training is: rounds of clicks begin after a quarter, the turn from
+            BCE to focal loss takes the middle third.
+        images: images a step.
+        each: instances an image.
+    """
+
+    def __init__(
+        self, sam: Sam, scenes: Scenes, plan: _fit.Plan, *, images: int = 8, each: int = 4
+    ) -> None:
+        self.sam, self.scenes, self.plan, self.images, self.each = sam, scenes, plan, images, each
 
     def __call__(self, step: int) -> Mapping[str, Tensor]:
-        stage, sam = self.stage, self.sam
-        g = _fit.generator(SEED, stage.name, step)
-        chosen = _fit.batch(len(self.scenes.images), stage.images, seed=SEED, step=step)
-        images, target, boxes = self.scenes.draw(chosen, stage.each, g)
-        features = sam.image_encoder(sam.preprocess(images)).repeat_interleave(stage.each, 0)
+        sam, done = self.sam, step / self.plan.steps
+        focus = min(max(3 * done - 1, 0.0), 1.0)
+        g = _fit.generator(SEED, "prompts", step)
+        chosen = _fit.batch(len(self.scenes.images), self.images, seed=SEED, step=step)
+        images, target, boxes = self.scenes.draw(chosen, self.each, g)
+        features = sam.image_encoder(sam.preprocess(images)).repeat_interleave(self.each, 0)
         with_box, with_mask = torch.rand(2, generator=g) < torch.tensor([0.45, 0.75])
-        rounds = int(torch.randint(1, stage.rounds + 1, (1,), generator=g))
+        rounds = int(torch.randint(1, 4, (1,), generator=g)) if done > 0.25 else 1
         box = jitter(boxes, sam.image_encoder.img_size, g) if with_box else None
         points = labels = mask = None
         if not with_box:
@@ -224,7 +223,7 @@ class Objective:
         for index in range(rounds):
             click = None if points is None else (points, labels)
             logits, scores = decode(sam, features, points=click, boxes=box, masks=mask)
-            terms = self._terms(logits, scores, target)
+            terms = self._terms(logits, scores, target, focus)
             for name, value in terms.items():
                 total[name] = total.get(name, 0) + value / rounds
             if index + 1 < rounds:
@@ -236,8 +235,11 @@ class Objective:
                 mask = best[:, None].detach() if with_mask else None
         return total
 
-    def _terms(self, logits: Tensor, scores: Tensor, target: Tensor) -> dict[str, Tensor]:
-        losses = mask_losses(logits, target, self.stage.focus)
+    @staticmethod
+    def _terms(
+        logits: Tensor, scores: Tensor, target: Tensor, focus: float
+    ) -> dict[str, Tensor]:
+        losses = mask_losses(logits, target, focus)
         with torch.no_grad():
             truth = overlap(logits, target)
         return {
@@ -251,3 +253,60 @@ class Objective:
         """The mask a user would go on with: the one of three with the best score for one point."""
         index = scores[:, 1:].argmax(1) + 1 if ambiguous else torch.zeros(len(logits)).long()
         return logits[torch.arange(len(logits)), index]
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, or go on from the checkpoint in the work folder."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    sam = start()
+    scenes = Scenes.make(args.scenes, SEED, 128, args.work / "scenes.safetensors")
+    plan = _fit.Plan(
+        steps=args.steps, lr=1e-3, weight_decay=0.02, warmup=0.03, clip=1.0, ema=0.998, seed=SEED
+    )
+    objective = Objective(sam, scenes, plan)
+    recent: list[dict[str, float]] = []
+
+    def told(step: int) -> Mapping[str, Tensor]:
+        terms = objective(step)
+        recent.append({k: float(v.detach()) for k, v in terms.items()})
+        if len(recent) == 50:
+            means = {k: sum(r[k] for r in recent) / 50 for k in terms}
+            log.info("step %d  %s", step + 1, "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+            recent.clear()
+        return terms
+
+    _fit.fit(
+        sam,
+        told,
+        plan,
+        checkpoint=args.work / "train.safetensors",
+        identity={"scenes": args.scenes, "architecture": "tiny"},
+        progress=Progress(True, "tiny"),
+    )
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the averaged weights reached so far, as float16."""
+    weights = _fit.trained(args.work / "train.safetensors")
+    save_file({k: v.half().contiguous().numpy() for k, v in weights.items()}, args.to)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("train", "export"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of scenes and checkpoint")
+    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--scenes", type=int, default=6000)
+    parser.add_argument("--to", type=Path, default=Path("samcompress/core/tiny/model.safetensors"))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    {"train": train, "export": export}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

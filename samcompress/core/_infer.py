@@ -1,4 +1,4 @@
-"""From bare tensors to a SAM: its sizes are read off names and shapes, then the weights poured in."""
+"""From bare tensors to a SAM: sizes are read off names and shapes, then weights poured in."""
 
 from __future__ import annotations
 

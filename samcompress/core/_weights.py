@@ -30,22 +30,32 @@ def read_state(path: Path) -> TensorDict:
     such as ``{"model": ...}`` and prefixes such as ``module.`` are taken off.
 
     Raises:
-        CheckpointError: if the file is empty, damaged, of another format, or holds more than tensors.
+        CheckpointError: if the file is empty, damaged, of another format, or holds code.
     """
     if path.stat().st_size == 0:
         raise CheckpointError(
             "the checkpoint is empty.", where=str(path), got="0 bytes", fix="get the file again"
         )
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    try:
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except OSError as err:
+        raise CheckpointError(
+            "the checkpoint cannot be opened.", where=str(path), got=f"{type(err).__name__}: {err}"
+        ) from err
     return plain_names(_unwrap(content, path))
 
 
 def plain_names(state: TensorDict) -> TensorDict:
-    """The same tensors without a prefix that all names have, e.g. that of data-parallel training."""
+    """The same tensors without a prefix that all names have, e.g. from data-parallel training."""
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             return plain_names({name.removeprefix(prefix): t for name, t in state.items()})
     return state
+
+
+def first_line(error: BaseException | str) -> str:
+    """The beginning of a foreign error's text, for the `got` line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def _read_safetensors(path: Path) -> TensorDict:
@@ -109,11 +119,11 @@ def _outline(content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-def _damaged(path: Path, why: object) -> CheckpointError:
+def _damaged(path: Path, why: BaseException | str) -> CheckpointError:
     return CheckpointError(
         "the checkpoint is damaged or cut short.",
         where=str(path),
-        got=f"{path.stat().st_size:,} bytes; {str(why).splitlines()[0][:100]}",
+        got=f"{path.stat().st_size:,} bytes; {first_line(why)}",
         expected="a complete file",
         fix="get the file again and compare its size with the source's",
     )

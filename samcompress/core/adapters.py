@@ -21,7 +21,7 @@ from .errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from transformers import SamModel
 
-# (segment_anything, transformers): the beginning of a tensor's name, # any number. First match wins.
+# (segment_anything, transformers): how a tensor's name begins, # any number. First match wins.
 RULES: tuple[tuple[str, str], ...] = (
     ("image_encoder.patch_embed.proj", "vision_encoder.patch_embed.projection"),
     ("image_encoder.blocks.#.norm#", "vision_encoder.layers.#.layer_norm#"),
@@ -140,7 +140,8 @@ def to_transformers(sam: nn.Module) -> SamModel:
     state = {rename(name, names): tensor for name, tensor in sam.state_dict().items()}
     state[TIED] = state[SHARED]
     model.load_state_dict(state, strict=True)
-    return model.to(device_of(sam), dtype_of(sam)).eval()  # type: ignore[arg-type]
+    model.to(device_of(sam), dtype_of(sam))
+    return model.eval()
 
 
 def state_from_transformers(state: TensorDict) -> TensorDict:
@@ -208,7 +209,7 @@ def _describable(sam: nn.Module) -> SamConfig:
             where=err.where,
             got=err.got or "a module or width that differs from the other blocks'",
             expected="SAM's own modules, every block with the same widths",
-            fix="save it with sc.save, or convert the model before the step that made the difference",
+            fix="save it with sc.save, or convert it before the step that made the difference",
         ) from err
     if config.iou_head_depth < 2 or config.mask_in_chans % 4:
         raise ModelError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from ._infer import assemble, config_from_state
 from ._require import require
-from ._weights import TensorDict, read_state
+from ._weights import TensorDict, first_line, read_state
 from .adapters import from_transformers, state_from_transformers
 from .build import ARCHITECTURES
 from .checkpoint import RECORD, is_ours, load_folder
@@ -74,9 +74,10 @@ def load(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> 
 
             - ``"tiny"``, the model that ships with the package;
             - a folder written by `sc.save`, or by ``save_pretrained`` of a transformers SamModel;
-            - a ``.pth``, ``.pt`` or ``.safetensors`` file with segment_anything's or transformers' names;
-            - a Hugging Face Hub id, e.g. ``"facebook/sam-vit-base"``: downloaded once, then read from
-              the local cache, also when offline;
+            - a ``.pth``, ``.pt`` or ``.safetensors`` file with the tensor names of segment_anything or
+              transformers;
+            - a Hugging Face Hub id, e.g. ``"facebook/sam-vit-base"``: downloaded once, then read
+              from the local cache, also when offline;
             - a transformers SamModel.
         device: where to put the model.
 
@@ -182,7 +183,7 @@ def _download(repository: str) -> Path:
         raise CheckpointError(
             f"{repository!r} is neither a local folder nor a model that the Hub gave us.",
             where=repository,
-            got=f"{type(err).__name__}: {str(err).strip().splitlines()[0][:160]}",
+            got=f"{type(err).__name__}: {first_line(err)}",
             expected='an existing path, or a Hub id such as "facebook/sam-vit-base"',
             fix="check the name and the connection; offline, give the folder of a downloaded model",
         ) from err
@@ -199,6 +200,6 @@ def _not_found(source: str, path: Path) -> CheckpointError:
         "there is no such model.",
         where=source,
         got="neither a name, nor a file, nor a folder",
-        expected=f"{', '.join(map(repr, SHIPPED))}, a file ({', '.join(SUFFIXES)}), a folder, a Hub id",
+        expected=f"{', '.join(map(repr, SHIPPED))}, a file, a folder, or a Hub id",
         fix=fix,
     )

@@ -268,6 +268,17 @@ def time_many(calls: Mapping[K, Call], at: Device, rounds: Rounds) -> dict[K, Ti
     }
 
 
+def one_call(model: nn.Module) -> Call:
+    """A function that runs the encoder and one box, from a preprocessed image to logits."""
+    work = _Work(model, _noise(480, 640), decode=False)
+
+    def call() -> None:
+        with torch.inference_mode():
+            work.end_to_end()
+
+    return call
+
+
 class _Work:
     """The calls of one model, with inputs made beforehand."""
 

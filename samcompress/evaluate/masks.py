@@ -124,19 +124,11 @@ def squared_distance(mask: np.ndarray) -> np.ndarray:
         >>> squared_distance(np.ones((3, 3), bool)).tolist()
         [[1, 1, 1], [1, 4, 1], [1, 1, 1]]
     """
-    from scipy.ndimage import distance_transform_edt
-
     result = np.zeros(mask.shape, np.int64)
     box = tight_box(mask)
-    if box is None:
-        return result
-    x0, y0, x1, y1 = box
-    # Every nearest outside pixel lies in the tight box or on the ring of one pixel around it.
-    part = np.pad(mask[y0:y1, x0:x1], 1)
-    rows, columns = distance_transform_edt(part, return_distances=False, return_indices=True)
-    down = rows - np.arange(part.shape[0])[:, None]
-    across = columns - np.arange(part.shape[1])[None]
-    result[y0:y1, x0:x1] = (down**2 + across**2)[1:-1, 1:-1]
+    if box is not None:
+        x0, y0, x1, y1 = box
+        result[y0:y1, x0:x1] = _squared_distance(mask[y0:y1, x0:x1])
     return result
 
 
@@ -153,12 +145,27 @@ def farthest(
         x, y and the squared distance; ties go to the first in row-major order. None if no pixel is
         left to choose.
     """
-    distance = squared_distance(mask)
+    box = tight_box(mask)
+    if box is None:
+        return None
+    x0, y0, x1, y1 = box
+    distance = _squared_distance(mask[y0:y1, x0:x1])
     for x, y in without:
-        distance[y, x] = 0
-    index = int(distance.argmax())
-    y, x = divmod(index, mask.shape[1])
-    return (x, y, int(distance[y, x])) if distance[y, x] else None
+        if x0 <= x < x1 and y0 <= y < y1:
+            distance[y - y0, x - x0] = 0
+    y, x = divmod(int(distance.argmax()), x1 - x0)
+    return (x0 + x, y0 + y, int(distance[y, x])) if distance[y, x] else None
+
+
+def _squared_distance(part: np.ndarray) -> np.ndarray:
+    """`squared_distance` in the tight box: each nearest outside pixel is in it or on its rim."""
+    from scipy.ndimage import distance_transform_edt
+
+    padded = np.pad(part, 1)
+    rows, columns = distance_transform_edt(padded, return_distances=False, return_indices=True)
+    rows -= np.arange(padded.shape[0], dtype=rows.dtype)[:, None]
+    columns -= np.arange(padded.shape[1], dtype=columns.dtype)[None]
+    return (rows**2 + columns**2)[1:-1, 1:-1].astype(np.int64)
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

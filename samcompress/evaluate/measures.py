@@ -1,0 +1,128 @@
+"""The numbers of a result row, by name: what tables print and pictures draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import ConfigError, closest
+
+Row = dict[str, Any]
+Value = tuple[float | None, float | None]  # the number and half the width of its interval
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a row.
+
+    Attributes:
+        label: what tables and axes call it.
+        unit: empty for a pure number.
+        read: gives the number and its error; None for what was not measured.
+    """
+
+    label: str
+    unit: str
+    read: Callable[[Row], Value]
+
+    @property
+    def axis(self) -> str:
+        """Label of an axis."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+def _at(row: Row, *path: str) -> Any:
+    value: Any = row
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _plain(*path: str, scale: float = 1.0) -> Callable[[Row], Value]:
+    def read(row: Row) -> Value:
+        value = _at(row, *path)
+        return (None if value is None else value / scale), None
+
+    return read
+
+
+def _timing(part: str) -> Callable[[Row], Value]:
+    def read(row: Row) -> Value:
+        median, spread = (_at(row, "latency", part, key) for key in ("median_ms", "iqr_ms"))
+        return median, None if spread is None else spread / 2
+
+    return read
+
+
+MEASURES = {
+    "parameters": Measure("parameters", "M", _plain("params", "total", scale=1e6)),
+    "gmacs": Measure("encoder", "GMAC", _plain("macs", "encoder", scale=1e9)),
+    "size_mb": Measure("on disk", "MB", _plain("bytes_on_disk", scale=1e6)),
+    "encoder_ms": Measure("encoder", "ms", _timing("encoder")),
+    "prompt_ms": Measure("each prompt", "ms", _timing("prompt")),
+    "latency_ms": Measure("image encoder + 1 prompt", "ms", _timing("end_to_end")),
+    "memory_mb": Measure("peak memory", "MB", _plain("memory", "peak_mb")),
+}
+
+
+def slots(rows: list[Row]) -> list[tuple[str, str]]:
+    """(prompt, mask choice) of every accuracy in the rows, in order of appearance."""
+    found = [(a["prompt"], a["choice"]) for row in rows for a in row.get("accuracy") or ()]
+    return list(dict.fromkeys(found))
+
+
+def slot_name(slot: tuple[str, str], among: list[tuple[str, str]]) -> str:
+    """``box``, or ``box, oracle`` where a prompt was measured with several choices of mask."""
+    prompt, choice = slot
+    alone = sum(p == prompt for p, _ in among) == 1
+    return prompt if alone else f"{prompt}, {choice}"
+
+
+def accuracy_of(row: Row, slot: tuple[str, str]) -> Row | None:
+    """The accuracy entry of a row for one (prompt, choice)."""
+    entries = row.get("accuracy") or ()
+    return next((a for a in entries if (a["prompt"], a["choice"]) == slot), None)
+
+
+def interval(entry: Row | None, value: str, ci: str) -> Value:
+    """A number of an accuracy entry and half the width of its confidence interval."""
+    if entry is None or entry.get(value) is None:
+        return None, None
+    ends = entry.get(ci)
+    return entry[value], None if ends is None else (ends[1] - ends[0]) / 2
+
+
+def measure(name: str, rows: list[Row]) -> Measure:
+    """A measure by name: one of `MEASURES`, ``"miou"`` or ``"miou:box"``.
+
+    Args:
+        name: plain ``"miou"`` takes the first prompt that was measured.
+        rows: the rows it will be read from.
+
+    Raises:
+        ConfigError: if there is no such measure in the rows.
+
+    Example:
+        >>> measure("latency_ms", []).axis
+        'image encoder + 1 prompt (ms)'
+    """
+    if name in MEASURES:
+        return MEASURES[name]
+    known = slots(rows)
+    kind, _, prompt = name.partition(":")
+    chosen = next((s for s in known if prompt in ("", s[0], slot_name(s, known))), None)
+    if kind != "miou" or chosen is None:
+        names = [*MEASURES, "miou", *(f"miou:{slot_name(s, known)}" for s in known)]
+        raise ConfigError(
+            "there is no such measure in these results.",
+            got=name,
+            expected=", ".join(names),
+            fix=closest(name, names),
+        )
+    slot = chosen
+
+    def read(row: Row) -> Value:
+        return interval(accuracy_of(row, slot), "miou", "ci")
+
+    return Measure(f"mIoU, prompt: {slot_name(slot, known)}", "", read)

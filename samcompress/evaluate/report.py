@@ -1,0 +1,367 @@
+"""What a benchmark found, as a table, a page, a file and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.display import Cell, Column, Table
+from ..core.errors import CheckpointError, ConfigError
+from ..core.files import write_whole
+from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots
+from .stats import comparable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import nn
+
+AGREES = 0.9  # mean IoU to the base's masks below which a model no longer says the same
+_FLAG = "! slower than the base, or masks that agree with the base's by an IoU below 0.9"
+
+
+@dataclass(frozen=True)
+class Worst:
+    """One object on which a compressed model lost most against the base.
+
+    Attributes:
+        name: the model.
+        prompt: how the object was asked for.
+        choice: which of the masks was taken.
+        image_id: its image.
+        annotation_id: the object.
+        area: of the annotation, in pixels.
+        base_iou: IoU of the base's mask with the truth.
+        iou: IoU of the model's mask with the truth.
+    """
+
+    name: str
+    prompt: str
+    choice: str
+    image_id: int | str
+    annotation_id: int | str
+    area: float
+    base_iou: float
+    iou: float
+
+    @property
+    def loss(self) -> float:
+        """What was lost against the base."""
+        return self.base_iou - self.iou
+
+
+class Report:
+    """Results of `benchmark`: shows itself as a table, writes itself as JSON or as one HTML page.
+
+    Args:
+        doc: a result document, as `schema` describes it.
+
+    Raises:
+        CheckpointError: if the document is not one.
+    """
+
+    def __init__(self, doc: dict[str, Any]) -> None:
+        from .schema import check
+
+        check(doc)
+        self.doc = doc
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report that `save` wrote.
+
+        Raises:
+            CheckpointError: if the file cannot be read or is no result file.
+        """
+        try:
+            doc = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as err:
+            raise CheckpointError(
+                "this is not a result file.",
+                where=str(path),
+                got=f"{type(err).__name__}: {err}",
+                expected="JSON as `samcompress bench --json` writes it",
+            ) from err
+        return cls(doc)
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> list[Row]:
+        """One dictionary for each model and device."""
+        return self.doc["rows"]
+
+    @property
+    def devices(self) -> list[str]:
+        """Devices the rows were measured on."""
+        return list(dict.fromkeys(row["device"] for row in self.rows))
+
+    def select(self, device: str | None = None) -> list[Row]:
+        """Rows that may stand in one table: one device, one protocol for each column.
+
+        Args:
+            device: which one; may be left out where all rows have the same.
+
+        Raises:
+            ConfigError: if rows are of several devices or protocols, or the device has none.
+        """
+        rows = [row for row in self.rows if device in (None, row["device"])]
+        if not rows:
+            raise ConfigError(
+                "no row was measured on this device.",
+                got=device,
+                expected=", ".join(self.devices) or "a report with rows",
+            )
+        comparable({f"{r['name']} on {r['device']}": r["device"] for r in rows}, what="device")
+        for slot in slots(rows):
+            found = {r["name"]: e["protocol"] for r in rows if (e := accuracy_of(r, slot))}
+            comparable(found)
+        return rows
+
+    def base(self, device: str | None = None) -> Row | None:
+        """The row the others are compared with; None where it is not there or was not measured."""
+        rows = self.select(device)
+        return next((r for r in rows if r["base"] and r["status"] == "measured"), None)
+
+    def worst(
+        self, n: int = 12, *, name: str | None = None, device: str | None = None
+    ) -> list[Worst]:
+        """The objects on which compressed models lost most against the base.
+
+        Args:
+            n: how many.
+            name: one model; all of them if left out.
+            device: as in `select`.
+
+        Raises:
+            ConfigError: as `select`, or if there is no such model.
+        """
+        rows = self.select(device)
+        if name is not None and name not in [row["name"] for row in rows]:
+            raise ConfigError(
+                "there is no such model in the report.",
+                got=name,
+                expected=", ".join(row["name"] for row in rows),
+            )
+        base = self.base(device)
+        found = [
+            worst
+            for row in rows
+            if row is not base and name in (None, row["name"])
+            for entry in row.get("accuracy") or ()
+            for worst in _losses(row["name"], entry, base)
+        ]
+        return sorted(found, key=lambda w: -w.loss)[:n]
+
+    # --- faces --------------------------------------------------------------------------------------
+
+    def table(self, device: str | None = None) -> Table:
+        """The headline table of one device.
+
+        Raises:
+            ConfigError: as `select`.
+        """
+        rows = self.select(device)
+        base = self.base(device)
+        known = slots(rows)
+        columns = [Column("name", align="left")]
+        columns += [
+            Column(f"{what} {slot_name(slot, known)}", group="accuracy (± 95 %)")
+            for slot in known
+            for what in ("mIoU", "change")
+        ]
+        columns += [Column("IoU to base", group="accuracy (± 95 %)")] if known else []
+        shown = [k for k in MEASURES if any(MEASURES[k].read(row)[0] is not None for row in rows)]
+        for key in shown:
+            columns.append(Column(_HEADS[key], MEASURES[key].unit, group=_GROUPS[key]))
+            if key == "latency_ms" and base:
+                columns.append(Column("speed-up", "x", group=_GROUPS[key]))
+        body = [self._cells(row, base, known, shown) for row in rows]
+        data = self.doc["data"]
+        title = f"{data['name']}: {data['n_images']} images, {data['n_instances']} objects"
+        title += f"; device: {rows[0]['device']}"
+        return Table(tuple(columns), body, title=title, notes=tuple(self._notes(rows, body)))
+
+    def _cells(
+        self, row: Row, base: Row | None, known: list[tuple[str, str]], shown: list[str]
+    ) -> list[Cell]:
+        name = Cell(row["name"], mark="bold" if row["base"] else "")
+        if row["status"] != "measured":
+            return [name, Cell(f"not measured: {row.get('reason') or 'no reason given'}")]
+        cells, agreements = [name], []
+        for slot in known:
+            entry = accuracy_of(row, slot)
+            cells.append(_cell(*interval(entry, "miou", "ci")))
+            change = interval(entry, "delta", "delta_ci")
+            cells.append(Cell(None) if row is base else _cell(*change, sign=True))
+            agreements.append((entry or {}).get("agreement"))
+        given = [a for a in agreements if a is not None]
+        if known and row is base:
+            cells.append(Cell(None))
+        elif known:
+            low = bool(given) and min(given) < AGREES
+            cells.append(_cell(min(given, default=None), red=low))
+        for key in shown:
+            value, _ = MEASURES[key].read(row)
+            cells.append(_cell(value))
+            if key == "latency_ms" and base:
+                reference, _ = MEASURES[key].read(base)
+                ratio = reference / value if reference and value else None
+                cells.append(_cell(ratio, red=ratio is not None and round(ratio, 2) < 1))
+        return cells
+
+    def _notes(self, rows: list[Row], body: list[list[Cell]]) -> list[str]:
+        known = slots(rows)
+        notes = [
+            f"{slot_name(slot, known)}: {entry['protocol']}"
+            for slot in known
+            for entry in [next(e for r in rows if (e := accuracy_of(r, slot)))]
+        ]
+        if any(cell.mark == "red" for cells in body for cell in cells):
+            notes.append(_FLAG)
+        notes += [
+            f"{row['name']}: first layer whose output is not finite: {row['first_nonfinite']}"
+            for row in rows
+            if row.get("first_nonfinite")
+        ]
+        gaps = [m for k, m in MEASURES.items() if all(m.read(row)[0] is None for row in rows)]
+        if gaps:
+            notes.append(f"not measured: {', '.join(m.axis for m in gaps)}")
+        return notes
+
+    def text(self) -> str:
+        """The tables as fixed-width text, one for each device."""
+        return "\n\n".join(self.table(device).text() for device in self.devices)
+
+    def __repr__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        from .html import picture
+
+        parts = []
+        for device in self.devices:
+            parts.append(self.table(device).html())
+            if len(slots(self.select(device))) and self.base(device):
+                parts.append(picture(self.pareto(device=device)))
+        return "".join(parts)
+
+    def markdown(self) -> str:
+        """The tables in Markdown, one for each device."""
+        return "\n\n".join(self.table(device).markdown() for device in self.devices) + "\n"
+
+    def json(self) -> str:
+        """The whole document."""
+        return json.dumps(self.doc, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the document as JSON; `load` reads it again.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        write_whole(Path(path), self.json().encode())
+
+    def html(
+        self,
+        path: str | Path | None = None,
+        *,
+        data: Any = None,
+        models: Mapping[str, nn.Module] | None = None,
+        worst: int = 6,
+    ) -> str:
+        """One self-contained page: no script, nothing fetched, light or dark as the reader likes.
+
+        Args:
+            path: where to write it; not written if left out.
+            data: the samples that were measured; with `models`, the worst masks are drawn.
+            models: the models that were measured, under the names of the rows.
+            worst: how many of the worst masks are listed and drawn.
+
+        Returns:
+            The page.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        from .html import page
+
+        text = page(self, data=data, models=models or {}, worst=worst)
+        if path is not None:
+            write_whole(Path(path), text.encode())
+        return text
+
+    # --- pictures -----------------------------------------------------------------------------------
+
+    def pareto(
+        self,
+        x: str = "latency_ms",
+        y: str = "miou",
+        *,
+        device: str | None = None,
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Picture of gain against cost; see `plots.pareto`."""
+        from .plots import pareto
+
+        return pareto(self, x, y, device=device, ax=ax)
+
+    def waterfall(
+        self, name: str | None = None, *, device: str | None = None, ax: Axes | None = None
+    ) -> Figure:
+        """Picture of what each step earned and cost; see `plots.waterfall`."""
+        from .plots import waterfall
+
+        return waterfall(self, name, device=device, ax=ax)
+
+    def time_split(
+        self, *, prompts: int = 1, device: str | None = None, ax: Axes | None = None
+    ) -> Figure:
+        """Picture of where the time goes; see `plots.time_split`."""
+        from .plots import time_split
+
+        return time_split(self, prompts=prompts, device=device, ax=ax)
+
+
+_HEADS = {
+    "parameters": "parameters",
+    "gmacs": "encoder work",
+    "size_mb": "on disk",
+    "encoder_ms": "encoder",
+    "prompt_ms": "each prompt",
+    "latency_ms": "encoder + 1 prompt",
+    "memory_mb": "peak memory",
+}
+_GROUPS = dict.fromkeys(("parameters", "gmacs", "size_mb"), "size") | dict.fromkeys(
+    ("encoder_ms", "prompt_ms", "latency_ms", "memory_mb"), "speed and memory"
+)
+
+
+def _cell(
+    value: float | None, error: float | None = None, *, sign: bool = False, red: bool = False
+) -> Cell:
+    if value is None:
+        return Cell("not measured", mark="grey")
+    return Cell(float(value), error, "red" if red else "", sign)
+
+
+def _losses(name: str, entry: Row, base: Row | None) -> list[Worst]:
+    """Every object of one accuracy beside the base's result on the same object."""
+    other = accuracy_of(base, (entry["prompt"], entry["choice"])) if base else None
+    before = {(s["image_id"], s["annotation_id"]): s["iou"] for s in (other or {}).get("samples", ())}
+    return [
+        Worst(
+            name,
+            entry["prompt"],
+            entry["choice"],
+            *key,
+            area=s["area"],
+            base_iou=before[key],
+            iou=s["iou"],
+        )
+        for s in entry["samples"]
+        if (key := (s["image_id"], s["annotation_id"])) in before
+    ]
