@@ -230,15 +230,17 @@ class Objective:
                 with torch.no_grad():
                     best = self._best(logits, scores, index == 0 and not with_box)
                     point, label = next_click(best, target, g)
-                points = point[:, None] if points is None else torch.cat([points, point[:, None]], 1)
-                labels = label[:, None] if labels is None else torch.cat([labels, label[:, None]], 1)
+                points = (
+                    point[:, None] if points is None else torch.cat([points, point[:, None]], 1)
+                )
+                labels = (
+                    label[:, None] if labels is None else torch.cat([labels, label[:, None]], 1)
+                )
                 mask = best[:, None].detach() if with_mask else None
         return total
 
     @staticmethod
-    def _terms(
-        logits: Tensor, scores: Tensor, target: Tensor, focus: float
-    ) -> dict[str, Tensor]:
+    def _terms(logits: Tensor, scores: Tensor, target: Tensor, focus: float) -> dict[str, Tensor]:
         losses = mask_losses(logits, target, focus)
         with torch.no_grad():
             truth = overlap(logits, target)

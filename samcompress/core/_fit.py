@@ -121,6 +121,33 @@ def batch(n: int, size: int, *, seed: int, step: int) -> list[int]:
     return [orders[p // n][p % n] for p in places]
 
 
+def trainable(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The floating-point parameters of submodules, by name.
+
+    Raises:
+        NoEffectError: if there are none.
+        ModelError: if they are not float32.
+    """
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if _inside(name, parts) and parameter.is_floating_point()
+    }
+    if not chosen:
+        raise NoEffectError(
+            "there is nothing to train.", where=", ".join(parts), got="no floating-point weights"
+        )
+    odd = next((name for name, p in chosen.items() if p.dtype != torch.float32), None)
+    if odd is not None:
+        raise ModelError(
+            "weights can only be trained in float32.",
+            where=odd,
+            got=chosen[odd].dtype,
+            fix="model.float() first; reduce the precision afterwards",
+        )
+    return chosen
+
+
 @contextmanager
 def training(model: nn.Module, parts: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
     """Let only the named submodules train; all else is frozen and in eval mode. Restored afterwards.
@@ -133,22 +160,11 @@ def training(model: nn.Module, parts: Sequence[str]) -> Iterator[dict[str, nn.Pa
         The parameters that train, by name.
 
     Raises:
-        NoEffectError: if the submodules hold no weight that can train.
-        ModelError: if those weights are not float32.
+        NoEffectError, ModelError: see `trainable`.
     """
+    chosen = trainable(model, parts)
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    chosen = {n: p for n, p in model.named_parameters() if _inside(n, parts) and p.is_floating_point()}
-    if not chosen:
-        raise NoEffectError("there is nothing to train.", where=", ".join(parts), got="no weights")
-    odd = next((n for n, p in chosen.items() if p.dtype != torch.float32), None)
-    if odd is not None:
-        raise ModelError(
-            "weights can only be trained in float32.",
-            where=odd,
-            got=chosen[odd].dtype,
-            fix="model.float() first; reduce the precision afterwards",
-        )
     try:
         model.eval().requires_grad_(False)
         for part in parts:
@@ -189,7 +205,7 @@ def fit(
     Raises:
         CheckpointError: if the checkpoint is damaged, of another run, or cannot be written.
         ConfigError: if loss or gradient stays other than finite for `Plan.patience` steps.
-        NoEffectError, ModelError: see `training`.
+        NoEffectError, ModelError: see `trainable`.
     """
     with training(model, parts) as parameters:
         loop = _Loop(model, parameters, plan, parts, identity or {})
@@ -246,7 +262,9 @@ class _Loop:
             betas=plan.betas,
             weight_decay=plan.weight_decay,
         )
-        self.ema = {} if plan.ema is None else {n: p.detach().clone() for n, p in parameters.items()}
+        self.ema = (
+            {} if plan.ema is None else {n: p.detach().clone() for n, p in parameters.items()}
+        )
         settings = dataclasses.asdict(plan)
         del settings["save_seconds"]
         # Through JSON, so that it compares equal to what a checkpoint gives back.
@@ -258,7 +276,7 @@ class _Loop:
             group["lr"] = plan.rate(run.step)
         with _drawn(device_of(self.model), plan.seed, run.step):
             terms = loss(run.step)
-            total = torch.stack([t for t in terms.values()]).sum()
+            total = torch.stack(list(terms.values())).sum()
             norm = total.detach()
             if torch.isfinite(total):
                 total.backward()
@@ -329,7 +347,7 @@ class _Loop:
 
     def load(self, path: Path) -> None:
         tensors, facts = _read(path)
-        for key in self.identity.keys() | facts["identity"].keys():
+        for key in {**self.identity, **facts["identity"]}:
             mine, other = self.identity.get(key), facts["identity"].get(key)
             if mine != other:
                 raise CheckpointError(

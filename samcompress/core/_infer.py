@@ -24,6 +24,8 @@ _NEEDED = {
     "mask_decoder.transformer.layers.0.mlp.lin1.weight": 2,
     "mask_decoder.iou_prediction_head.layers.0.weight": 2,
 }
+# Width and hidden width of the known decoders, and the heads that go with them.
+_HEADS = {(a.out_chans, a.decoder_mlp_dim): a.decoder_num_heads for a in ARCHITECTURES.values()}
 # Sam does not save these two, but forks do.
 _STATISTICS = ("pixel_mean", "pixel_std")
 # Slices that structured pruning cuts together; nothing else of a SAM may differ block by block.
@@ -39,10 +41,11 @@ def config_from_state(
         state: tensors by name; only shapes are read, so tensors on "meta" will do.
         where: what to call the source in an error.
         decoder_num_heads: the one size that no shape shows; by default that of the known
-            architecture with the same decoder, else 8 as in every published SAM.
+            architecture with a decoder of the same widths.
 
     Raises:
-        CheckpointError: if tensors that every SAM has are absent, or shapes contradict one another.
+        CheckpointError: if tensors that every SAM has are absent, shapes contradict one another, or
+            the decoder is of unknown widths and its number of heads was not given.
     """
     missing = [name for name in _NEEDED if name not in state]
     if missing:
@@ -62,8 +65,21 @@ def config_from_state(
             got=shape,
             expected=f"{_NEEDED[name]} dimensions",
         )
+    decoder = (
+        state["image_encoder.neck.0.weight"].shape[0],
+        state["mask_decoder.transformer.layers.0.mlp.lin1.weight"].shape[0],
+    )
+    heads = decoder_num_heads or _HEADS.get(decoder)
+    if heads is None:
+        raise CheckpointError(
+            "the decoder's number of attention heads cannot be read off its tensors.",
+            where=where,
+            got=f"a decoder of width {decoder[0]} with {decoder[1]} hidden units",
+            expected=" or ".join(f"{c} with {m}" for c, m in _HEADS),
+            fix="say it: sc.load(path, decoder_num_heads=8); or keep models with sc.save",
+        )
     try:
-        return _read(state, decoder_num_heads)
+        return _read(state, heads)
     except (ConfigError, ZeroDivisionError) as err:
         raise CheckpointError(
             "the shapes of the tensors contradict one another.", where=where, got=err
@@ -111,7 +127,7 @@ def assemble(config: SamConfig, state: TensorDict, *, where: str = "state dict")
     return sam
 
 
-def _read(state: TensorDict, decoder_num_heads: int | None) -> SamConfig:
+def _read(state: TensorDict, decoder_num_heads: int) -> SamConfig:
     shape = {name: tuple(state[name].shape) for name in _NEEDED}
     _, grid, _, width = shape["image_encoder.pos_embed"]
     patch = shape["image_encoder.patch_embed.proj.weight"][-1]
@@ -123,8 +139,6 @@ def _read(state: TensorDict, decoder_num_heads: int | None) -> SamConfig:
     }
     # A table has 2 n - 1 rows for n tokens a side: the whole grid where attention is global.
     local = Counter((n + 1) // 2 for n in rows.values() if n != 2 * grid - 1)
-    channels = shape["image_encoder.neck.0.weight"][0]
-    decoder_mlp = shape["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0]
     statistics = {
         name: tuple(float(f"{v:.7g}") for v in state[name].flatten().tolist())
         for name in _STATISTICS
@@ -139,23 +153,16 @@ def _read(state: TensorDict, decoder_num_heads: int | None) -> SamConfig:
         mlp_ratio=_ratio(shape["image_encoder.blocks.0.mlp.lin1.weight"][0], width),
         window_size=local.most_common(1)[0][0] if local else 0,
         global_attn_indexes=tuple(i for i, n in rows.items() if n == 2 * grid - 1),
-        out_chans=channels,
+        out_chans=shape["image_encoder.neck.0.weight"][0],
         mask_in_chans=shape["prompt_encoder.mask_downscaling.3.weight"][0],
         decoder_depth=_count(state, r"mask_decoder\.transformer\.layers\.(\d+)\."),
-        decoder_mlp_dim=decoder_mlp,
-        decoder_num_heads=decoder_num_heads or _decoder_heads(channels, decoder_mlp),
+        decoder_mlp_dim=shape["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
+        decoder_num_heads=decoder_num_heads,
         num_multimask_outputs=shape["mask_decoder.mask_tokens.weight"][0] - 1,
         iou_head_depth=_count(state, r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
         iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
         **statistics,
     )
-
-
-def _decoder_heads(channels: int, mlp: int) -> int:
-    for known in ARCHITECTURES.values():
-        if (known.out_chans, known.decoder_mlp_dim) == (channels, mlp):
-            return known.decoder_num_heads
-    return SamConfig.decoder_num_heads
 
 
 def _count(state: TensorDict, pattern: str) -> int:

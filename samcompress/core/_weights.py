@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,8 +73,11 @@ def _read_torch(path: Path) -> Any:
         # torch.save writes the table of contents last: its absence means that the end is absent.
         raise _damaged(path, "the end of the file is missing")
     try:
-        # Mapped into memory where the format allows it: half the peak of reading it.
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            # Such files either load or are refused below; the warning asks for a bug report.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            # Mapped into memory where the format allows it: half the peak of reading it.
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as err:
         found = re.search(r"GLOBAL (\S+)", str(err))
         if found is None:
@@ -93,6 +97,11 @@ def _read_torch(path: Path) -> Any:
         if zipped and "PytorchStreamReader" not in str(err):
             raise _other_format(path, "a zip archive that torch.save did not write") from err
         raise _damaged(path, err) from err
+    except (OSError, MemoryError):
+        raise
+    except Exception as err:
+        # Bytes that are no pickle make the unpickler stumble in any way.
+        raise _other_format(path) from err
 
 
 def _unwrap(content: Any, path: Path) -> TensorDict:

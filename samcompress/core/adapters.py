@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from segment_anything.modeling import Sam
@@ -135,13 +135,12 @@ def to_transformers(sam: nn.Module) -> SamModel:
     """
     config = _describable(sam)
     hf = require("transformers", purpose="to_transformers")
-    model: SamModel = hf.SamModel(_settings(hf, config))
+    model = hf.SamModel(_settings(hf, config))
     names = rules(config.iou_head_depth)
     state = {rename(name, names): tensor for name, tensor in sam.state_dict().items()}
     state[TIED] = state[SHARED]
     model.load_state_dict(state, strict=True)
-    model.to(device_of(sam), dtype_of(sam))
-    return model.eval()
+    return cast("SamModel", model.to(device_of(sam), dtype_of(sam)).eval())
 
 
 def state_from_transformers(state: TensorDict) -> TensorDict:

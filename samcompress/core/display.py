@@ -38,10 +38,10 @@ def number(x: object, *, sign: bool = False) -> str:
 
     Example:
         >>> number(0.77196), number(1234.5), number(93735472), number(None), number(2.5, sign=True)
-        ('0.772', '1230', '93735472', '–', '+2.50')
+        ('0.772', '1230', '93735472', '-', '+2.50')
     """
     if x is None:
-        return "–"
+        return "-"
     if isinstance(x, bool):
         return "yes" if x else "no"
     if not isinstance(x, (int, float)):
@@ -153,7 +153,7 @@ class Table:
     def _repr_html_(self) -> str:
         return self.html()
 
-    # --- text ---------------------------------------------------------------------------------------
+    # --- text ---
 
     def text(self, width: int = WIDTH) -> str:
         """Fixed-width text of at most `width` columns.
@@ -162,7 +162,7 @@ class Table:
         """
         widths = self._widths(width)
         blocks = [self._block(widths, ids) for ids in self._blocks(widths, width)]
-        parts = textwrap.wrap(self.title, width) + ["\n\n".join(blocks)]
+        parts = [*textwrap.wrap(self.title, width), "\n\n".join(blocks)]
         for note in self.notes:
             parts += textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
         return "\n".join(parts)
@@ -222,25 +222,31 @@ class Table:
                 lines += _grid(texts, columns, sizes)
         return "\n".join(lines)
 
-    # --- Markdown and HTML ----------------------------------------------------------------------------
+    # --- Markdown and HTML ---
 
     def markdown(self) -> str:
         """A Markdown table; red cells and bold ones are bold."""
         lines = [f"**{_md(self.title)}**", ""] if self.title else []
-        lines.append(_pipes(_md(f"{c.name} ({c.unit})" if c.unit else c.name) for c in self.columns))
+        lines.append(
+            _pipes(_md(f"{c.name} ({c.unit})" if c.unit else c.name) for c in self.columns)
+        )
         lines.append(_pipes("---" if c.align == "left" else "---:" for c in self.columns))
         for row in self.cells():
-            shown = [f"**{_md(c.text)}**" if c.mark in ("red", "bold") else _md(c.text) for c in row]
+            shown = [
+                f"**{_md(c.text)}**" if c.mark in ("red", "bold") else _md(c.text) for c in row
+            ]
             lines.append(_pipes(shown + [""] * (len(self.columns) - len(row))))
         if self.notes:
-            lines += ["", *itertools.chain(*([_md(n), ""] for n in self.notes))][:-1]
+            lines += ["", "\n\n".join(map(_md, self.notes))]
         return "\n".join(lines)
 
     def html(self) -> str:
         """An HTML table that takes its colours from the page, light or dark."""
         head = []
         if any(c.group for c in self.columns):
-            groups = [(g, len(list(c))) for g, c in itertools.groupby(c.group for c in self.columns)]
+            groups = [
+                (g, len(list(c))) for g, c in itertools.groupby(c.group for c in self.columns)
+            ]
             names = (
                 f'<th colspan="{n}" style="text-align:center;padding:0 .6em">{escape(g)}</th>'
                 for g, n in groups
@@ -321,7 +327,7 @@ def _md(text: str) -> str:
     return text
 
 
-# --- cards ------------------------------------------------------------------------------------------
+# --- cards ---
 
 
 def summary_line(thing: object) -> str:
@@ -346,7 +352,7 @@ def transform_card(transform: Transform) -> str:
     )
     source = " ".join(section(kind, "Source").split())
     parts = [
-        f"<b>{escape(transform.label)}</b> – {escape(summary_line(kind))}",
+        f"<b>{escape(transform.label)}</b>: {escape(summary_line(kind))}",
         settings.html() if settings.rows else "",
         f"<small>{_links(source)}</small>" if source else "",
     ]
@@ -381,7 +387,9 @@ def _settings(step: Transform) -> str:
 
 def _card(parts: list[str]) -> str:
     inner = "".join(f"<div>{part}</div>" for part in parts if part)
-    style = "color-scheme:light dark;color:inherit;border:1px solid;border-radius:6px;padding:.5em .8em"
+    style = (
+        "color-scheme:light dark;color:inherit;border:1px solid;border-radius:6px;padding:.5em .8em"
+    )
     return f'<div style="{style};display:inline-block;border-color:#8888">{inner}</div>'
 
 

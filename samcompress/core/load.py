@@ -63,7 +63,12 @@ LAYOUTS = (
 )
 
 
-def load(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> Sam:
+def load(
+    source: str | Path | nn.Module,
+    device: str | torch.device = "cpu",
+    *,
+    decoder_num_heads: int | None = None,
+) -> Sam:
     """Load a SAM from wherever it is.
 
     Sizes are read off the weights, so fine-tuned, narrower and resized SAMs need no further word.
@@ -74,12 +79,14 @@ def load(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> 
 
             - ``"tiny"``, the model that ships with the package;
             - a folder written by `sc.save`, or by ``save_pretrained`` of a transformers SamModel;
-            - a ``.pth``, ``.pt`` or ``.safetensors`` file with the tensor names of segment_anything or
-              transformers;
+            - a ``.pth``, ``.pt`` or ``.safetensors`` file with segment_anything's or transformers'
+              tensor names;
             - a Hugging Face Hub id, e.g. ``"facebook/sam-vit-base"``: downloaded once, then read
               from the local cache, also when offline;
             - a transformers SamModel.
         device: where to put the model.
+        decoder_num_heads: for a bare file whose decoder has widths of its own: the one size that
+            its tensors do not show.
 
     Returns:
         A segment_anything `Sam` in eval mode; float32, except that a folder of `sc.save` and a
@@ -100,9 +107,9 @@ def load(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> 
         return _from_shipped(str(source)).to(device)
     path = Path(source).expanduser()
     if path.is_file():
-        return _from_file(path).to(device)
+        return _from_file(path, decoder_num_heads).to(device)
     if path.is_dir():
-        return _from_folder(path, str(path)).to(device)
+        return _from_folder(path, path.name).to(device)
     if _is_hub_id(source):
         return _from_folder(_download(str(source)), str(source)).to(device)
     raise _not_found(str(source), path)
@@ -128,7 +135,7 @@ def _from_shipped(name: str) -> Sam:
     return sam
 
 
-def _from_file(path: Path) -> Sam:
+def _from_file(path: Path, decoder_num_heads: int | None) -> Sam:
     state = read_state(path)
     roots = {name.split(".")[0] for name in state}
     layout = next((x for x in LAYOUTS if x.roots <= roots), None)
@@ -143,7 +150,8 @@ def _from_file(path: Path) -> Sam:
             fix="give a whole SAM: image encoder, prompt encoder and mask decoder in one file",
         )
     named = layout.convert(state)
-    sam = assemble(config_from_state(named, where=str(path)), named, where=str(path))
+    config = config_from_state(named, where=str(path), decoder_num_heads=decoder_num_heads)
+    sam = assemble(config, named, where=str(path))
     describe(sam, source=path.name, licence=LICENCES.get(path.name))
     return sam
 
@@ -159,7 +167,7 @@ def _from_folder(folder: Path, source: str) -> Sam:
     files = [name for name in inside if name.endswith(SUFFIXES)]
     raise CheckpointError(
         "the folder holds no model.",
-        where=source,
+        where=str(folder),
         got=", ".join(inside[:4]) + (" ..." if len(inside) > 4 else "") or "an empty folder",
         expected=f"{RECORD} (written by sc.save) or config.json (a transformers SamModel)",
         fix=f'sc.load("{folder / files[0]}")' if files else None,

@@ -17,7 +17,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
 from .contract import check_sam, device_of, dtype_of
-from .errors import ConfigError, DataError, ShapeError
+from .errors import ConfigError, DataError, ModelError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,16 @@ def decode(
     Raises:
         ShapeError: if a mask prompt is not (1, 4h, 4w).
         DataError: if a box or point lies entirely outside the image.
+        ModelError: if the prompt encoder is not in float32.
     """
     check_sam(model)
+    if dtype_of(model.prompt_encoder) != torch.float32:
+        raise ModelError(
+            "segment_anything's prompt encoder computes in float32 only.",
+            where="prompt_encoder",
+            got=dtype_of(model.prompt_encoder),
+            fix="cast sam.image_encoder and sam.mask_decoder, and leave sam.prompt_encoder",
+        )
     for index, prompt in enumerate(prompts):
         _check_inside(prompt, embedding.size, index)
     groups: dict[tuple[int, bool, bool], list[int]] = {}
@@ -325,7 +333,6 @@ def _run(
                 expected=(1, *size),
                 fix="pass low-resolution logits, as Prediction.logits[p, m:m+1]",
             )
-        masks = masks.to(dtype_of(model.prompt_encoder))
     sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=masks)
     decoder_type = dtype_of(model.mask_decoder)
     return model.mask_decoder(

@@ -31,14 +31,15 @@ class Where:
     def __post_init__(self) -> None:
         for field in ("include", "exclude"):
             value = getattr(self, field)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            if not all(isinstance(p, str) and p for p in value):
+            value = (value,) if isinstance(value, str) else value
+            given = isinstance(value, (tuple, list))
+            if not given or not all(isinstance(p, str) and p for p in value):
                 raise ConfigError(
                     f"Where.{field} takes patterns on module names.",
                     got=value,
                     expected='a string or several, e.g. "image_encoder.blocks.*"',
                 )
-            object.__setattr__(self, field, value)
+            object.__setattr__(self, field, tuple(value))
 
     def select(
         self, model: nn.Module, kind: type | tuple[type, ...] = nn.Module, *, step: str = "Where"

@@ -13,6 +13,8 @@ from .devices import device
 from .latency import one_call
 from .memory import Memory, Process
 
+CALLS = 3
+
 
 def main(folder: str, spec: str, threads: int) -> Memory:
     """Measure the stages of one model's life."""
@@ -31,13 +33,11 @@ def main(folder: str, spec: str, threads: int) -> Memory:
     loaded = now()
     at.reset_peak()
     process.reset_peak()
-    call()
+    for _ in range(CALLS):
+        call()
     at.synchronize()
     held = at.memory()
     peak = process.peak_mb() if held is None else held["peak_mb"]
-    for _ in range(2):
-        call()
-    at.synchronize()
     return Memory(
         method=f"{at.kind} allocator" if on_gpu else process.method,
         baseline_mb=baseline,

@@ -270,7 +270,7 @@ def time_many(calls: Mapping[K, Call], at: Device, rounds: Rounds) -> dict[K, Ti
 
 def one_call(model: nn.Module) -> Call:
     """A function that runs the encoder and one box, from a preprocessed image to logits."""
-    work = _Work(model, _noise(480, 640), decode=False)
+    work = _Work(model, _noise(480, 640))
 
     def call() -> None:
         with torch.inference_mode():
@@ -291,11 +291,11 @@ class _Work:
         side = float(model.image_encoder.img_size)
         self.box = torch.tensor([[0.2, 0.2, 0.6, 0.6]], device=self.pixels.device) * side
         self.position = model.prompt_encoder.get_dense_pe().to(dtype_of(model.mask_decoder))
-        self.features = torch.randn(
-            self.position.shape, generator=torch.Generator().manual_seed(0)
-        ).to(self.position)
+        draw = torch.Generator().manual_seed(0)
+        self.features = torch.randn(self.position.shape, generator=draw).to(self.position)
+        low = (1, 1, *model.prompt_encoder.mask_input_size)
+        self.logits = torch.randn(low, generator=draw).to(self.pixels.device)
         self.turn = 0
-        self.logits = self.prompt().float().clone()
 
     def preprocess(self) -> Tensor:
         self.image[0, 0, 0] = self._next()

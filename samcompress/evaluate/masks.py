@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.errors import ShapeError
 
+Mask = NDArray[np.bool_]
 
-def iou(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
+
+def iou(predicted: Mask, target: Mask) -> np.ndarray:
     """Intersection over union.
 
     Args:
@@ -48,7 +51,7 @@ def iou(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     return values
 
 
-def boundary(mask: np.ndarray, *, ratio: float = 0.02) -> np.ndarray:
+def boundary(mask: Mask, *, ratio: float = 0.02) -> Mask:
     """The rim of a mask: what an erosion takes away.
 
     Args:
@@ -65,18 +68,18 @@ def boundary(mask: np.ndarray, *, ratio: float = 0.02) -> np.ndarray:
 
     box = tight_box(mask)
     if box is None:
-        return mask.copy()
+        return np.zeros(mask.shape, bool)
     x0, y0, x1, y1 = box
     width = max(1, round(ratio * math.hypot(*mask.shape)))
     # Eroding d times with a 3x3 square is one minimum over 2d+1; outside the tight box all is zero.
     part = mask[y0:y1, x0:x1].view(np.uint8)
     kept = minimum_filter(part, size=2 * width + 1, mode="constant", cval=0)
-    rim = np.zeros_like(mask)
+    rim: Mask = np.zeros(mask.shape, bool)
     rim[y0:y1, x0:x1] = part > kept
     return rim
 
 
-def boundary_iou(predicted: np.ndarray, target: np.ndarray, *, ratio: float = 0.02) -> float:
+def boundary_iou(predicted: Mask, target: Mask, *, ratio: float = 0.02) -> float:
     """IoU of the two rims: how well the outline fits, whatever the size of the object.
 
     Args:
@@ -96,7 +99,7 @@ def boundary_iou(predicted: np.ndarray, target: np.ndarray, *, ratio: float = 0.
     return float(iou(boundary(predicted, ratio=ratio), boundary(target, ratio=ratio)))
 
 
-def tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+def tight_box(mask: Mask) -> tuple[int, int, int, int] | None:
     """x0, y0, x1, y1 of the smallest box of whole pixels around a mask; None if it is empty.
 
     The ends are exclusive, as x + w and y + h of an annotation are.
@@ -108,7 +111,7 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def squared_distance(mask: np.ndarray) -> np.ndarray:
+def squared_distance(mask: Mask) -> np.ndarray:
     """Squared Euclidean distance of every pixel of a mask to the nearest pixel outside it.
 
     Integers, so that ties are exact and the same on every platform. Outside the image is outside
@@ -132,9 +135,7 @@ def squared_distance(mask: np.ndarray) -> np.ndarray:
     return result
 
 
-def farthest(
-    mask: np.ndarray, *, without: Iterable[tuple[int, int]] = ()
-) -> tuple[int, int, int] | None:
+def farthest(mask: Mask, *, without: Iterable[tuple[int, int]] = ()) -> tuple[int, int, int] | None:
     """The pixel of a mask farthest from its boundary.
 
     Args:
@@ -157,7 +158,7 @@ def farthest(
     return (x0 + x, y0 + y, int(distance[y, x])) if distance[y, x] else None
 
 
-def _squared_distance(part: np.ndarray) -> np.ndarray:
+def _squared_distance(part: Mask) -> np.ndarray:
     """`squared_distance` in the tight box: each nearest outside pixel is in it or on its rim."""
     from scipy.ndimage import distance_transform_edt
 
@@ -165,10 +166,11 @@ def _squared_distance(part: np.ndarray) -> np.ndarray:
     rows, columns = distance_transform_edt(padded, return_distances=False, return_indices=True)
     rows -= np.arange(padded.shape[0], dtype=rows.dtype)[:, None]
     columns -= np.arange(padded.shape[1], dtype=columns.dtype)[None]
-    return (rows**2 + columns**2)[1:-1, 1:-1].astype(np.int64)
+    squared: np.ndarray = (rows**2 + columns**2)[1:-1, 1:-1].astype(np.int64)
+    return squared
 
 
-def encode(mask: np.ndarray) -> dict[str, Any]:
+def encode(mask: Mask) -> dict[str, Any]:
     """Run lengths of a mask in COCO's compressed form, ready for JSON.
 
     Args:
@@ -183,11 +185,12 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(n) for n in run["size"]], "counts": run["counts"].decode("ascii")}
 
 
-def decode(run: dict[str, Any]) -> np.ndarray:
+def decode(run: dict[str, Any]) -> Mask:
     """The (H, W) bool mask of `encode`."""
     from pycocotools import mask as coco
 
-    return coco.decode(run).astype(bool)
+    mask: Mask = coco.decode(run).astype(bool)
+    return mask
 
 
 def run_iou(first: dict[str, Any], second: dict[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,13 @@ class Measure:
     Attributes:
         label: what tables and axes call it.
         unit: empty for a pure number.
+        group: heading that columns of the same kind share.
         read: gives the number and its error; None for what was not measured.
     """
 
     label: str
     unit: str
+    group: str
     read: Callable[[Row], Value]
 
     @property
@@ -56,13 +59,15 @@ def _timing(part: str) -> Callable[[Row], Value]:
 
 
 MEASURES = {
-    "parameters": Measure("parameters", "M", _plain("params", "total", scale=1e6)),
-    "gmacs": Measure("encoder", "GMAC", _plain("macs", "encoder", scale=1e9)),
-    "size_mb": Measure("on disk", "MB", _plain("bytes_on_disk", scale=1e6)),
-    "encoder_ms": Measure("encoder", "ms", _timing("encoder")),
-    "prompt_ms": Measure("each prompt", "ms", _timing("prompt")),
-    "latency_ms": Measure("image encoder + 1 prompt", "ms", _timing("end_to_end")),
-    "memory_mb": Measure("peak memory", "MB", _plain("memory", "peak_mb")),
+    "parameters": Measure("parameters", "M", "size", _plain("params", "total", scale=1e6)),
+    "size_mb": Measure("on disk", "MB", "size", _plain("bytes_on_disk", scale=1e6)),
+    "gmacs": Measure("encoder work", "GMAC", "size", _plain("macs", "encoder", scale=1e9)),
+    "encoder_ms": Measure("encoder", "ms", "time and memory", _timing("encoder")),
+    "prompt_ms": Measure("each prompt", "ms", "time and memory", _timing("prompt")),
+    "latency_ms": Measure(
+        "image encoder + 1 prompt", "ms", "time and memory", _timing("end_to_end")
+    ),
+    "memory_mb": Measure("peak memory", "MB", "time and memory", _plain("memory", "peak_mb")),
 }
 
 
@@ -91,6 +96,57 @@ def interval(entry: Row | None, value: str, ci: str) -> Value:
         return None, None
     ends = entry.get(ci)
     return entry[value], None if ends is None else (ends[1] - ends[0]) / 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model after one step of its history, as shares of what the history began with.
+
+    Attributes:
+        label: the step; ``"base"`` before the first.
+        size: bytes of all tensors; None where the step did not note them.
+        time: image encoder + 1 prompt; None where the model was not measured after this step.
+        miou: None likewise.
+    """
+
+    label: str
+    size: float | None
+    time: float | None
+    miou: float | None
+
+
+def stages(row: Row, rows: list[Row]) -> list[Stage]:
+    """A row's history step by step; time and accuracy where another row is that very stage.
+
+    Args:
+        row: the row.
+        rows: all rows of the same device, among them the base.
+    """
+    measured = {_key(r["lineage"]): r for r in rows if r["status"] == "measured"}
+    steps = row["lineage"]
+    start = next((k for k in range(len(steps) + 1) if _key(steps[:k]) in measured), 0)
+    first = measured.get(_key(steps[:start]), {})
+    sizes = [_at(step, "facts", "after", "bytes") for step in steps]
+    before = _at(steps[start], "facts", "before", "bytes") if start < len(steps) else None
+    gain = measure("miou", rows) if slots(rows) else None
+    found = [Stage("base", 1.0, 1.0, 1.0)]
+    for k in range(start + 1, len(steps) + 1):
+        now = measured.get(_key(steps[:k]), {})
+        size = sizes[k - 1] / before if sizes[k - 1] and before else None
+        time = _ratio(MEASURES["latency_ms"], now, first)
+        found.append(Stage(steps[k - 1]["type"], size, time, _ratio(gain, now, first)))
+    return found
+
+
+def _key(steps: list[Row]) -> str:
+    return json.dumps([[s["type"], s["params"]] for s in steps], sort_keys=True)
+
+
+def _ratio(measure: Measure | None, row: Row, first: Row) -> float | None:
+    if measure is None:
+        return None
+    (value, _), (before, _) = measure.read(row), measure.read(first)
+    return value / before if value is not None and before else None
 
 
 def measure(name: str, rows: list[Row]) -> Measure:
@@ -125,4 +181,4 @@ def measure(name: str, rows: list[Row]) -> Measure:
     def read(row: Row) -> Value:
         return interval(accuracy_of(row, slot), "miou", "ci")
 
-    return Measure(f"mIoU, prompt: {slot_name(slot, known)}", "", read)
+    return Measure(f"mIoU, prompt: {slot_name(slot, known)}", "", "accuracy", read)

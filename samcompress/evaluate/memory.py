@@ -37,8 +37,8 @@ class Memory:
             included; on a GPU what its allocator gave to tensors.
         baseline_mb: after the imports.
         loaded_mb: with the model loaded.
-        peak_mb: highest during the first call: one image through the encoder, one box.
-        steady_mb: after further calls, when all that can be freed is free again.
+        peak_mb: highest during three calls: one image through the encoder, one box.
+        steady_mb: after these calls, when all that can be freed is free again.
         reserved_mb: what a GPU's allocator held back from the driver at most; None on the CPU.
     """
 
@@ -120,7 +120,7 @@ def run_child(module: str, arguments: list[str], *, timeout: float) -> dict[str,
             "a measurement in a process of its own failed.",
             where=module,
             got=f"exit code {done.returncode}{_meaning(done.returncode)}: {' | '.join(tail)}",
-            fix="free some memory, or leave the measurement out with memory=False",
+            fix="free some memory" if done.returncode == -9 else None,
         )
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

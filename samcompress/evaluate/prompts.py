@@ -7,8 +7,8 @@
 | ``center`` (``point``) | the pixel farthest from the boundary |
 | ``random-k`` | k pixels of the mask, drawn without replacement |
 | ``annotated`` | the point stored with the annotation |
-| ``clicks-k`` | ``center``, then k - 1 clicks, each in the larger of the missed and the extra area |
-| ``clicks-k-xor`` | the same, each in the middle of the missed and extra area taken together |
+| ``clicks-k`` | ``center``, then k - 1 clicks, each in the missed or the extra area |
+| ``clicks-k-xor`` | the same, missed and extra area taken together |
 | ``box+k``, ``box+k-xor`` | ``box``, then k such clicks |
 
 Everything is a pure function of the annotation, its mask, and (seed, image id, annotation id).
@@ -26,10 +26,12 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError, closest
 from ..core.predict import Prompt
-from .masks import farthest, tight_box
+from .masks import Mask, farthest, tight_box
 
-NAMES = ("box", "box-tight", "center", "random-k", "annotated", "clicks-k", "clicks-k-xor")
-NAMES += ("box+k", "box+k-xor")
+NAMES = (
+    *("box", "box-tight", "center", "random-k", "annotated"),
+    *("clicks-k", "clicks-k-xor", "box+k", "box+k-xor"),
+)
 
 _ALIAS = {"point": "center"}
 _PATTERN = re.compile(
@@ -92,7 +94,7 @@ class Rule:
         """Whether the seed matters."""
         return self.first == "random"
 
-    def start(self, instance: Any, mask: np.ndarray, *, image_id: Any, seed: int = 0) -> Prompt:
+    def start(self, instance: Any, mask: Mask, *, image_id: Any, seed: int = 0) -> Prompt:
         """The first prompt for one object.
 
         Args:
@@ -112,7 +114,7 @@ class Rule:
             return random_points(mask, self.count, generator(seed, image_id, instance.id))
         return box(tight_box(mask)) if self.first == "box-tight" else center(mask)
 
-    def correct(self, prompt: Prompt, mask: np.ndarray, answer: np.ndarray) -> Prompt | None:
+    def correct(self, prompt: Prompt, mask: Mask, answer: Mask) -> Prompt | None:
         """The prompt with one click more; None where the answer leaves no pixel to click.
 
         Args:
@@ -143,7 +145,7 @@ def box(corners: Sequence[float] | None) -> Prompt:
     return Prompt(box=corners)
 
 
-def center(mask: np.ndarray) -> Prompt:
+def center(mask: Mask) -> Prompt:
     """One click on the pixel farthest from the boundary; ties go to the first in row-major order.
 
     Raises:
@@ -155,8 +157,8 @@ def center(mask: np.ndarray) -> Prompt:
     return Prompt(points=[found[:2]])
 
 
-def random_points(mask: np.ndarray, k: int, generator: np.random.Generator) -> Prompt:
-    """k pixels of a mask, uniform and without replacement; all of them if there are fewer.
+def random_points(mask: Mask, k: int, generator: np.random.Generator) -> Prompt:
+    """Some pixels of a mask, uniform and without replacement; all of them if there are fewer.
 
     Raises:
         DataError: if the mask is empty.
@@ -184,8 +186,8 @@ def annotated(point: Sequence[float] | None) -> Prompt:
 
 
 def next_click(
-    mask: np.ndarray,
-    answer: np.ndarray,
+    mask: Mask,
+    answer: Mask,
     clicked: Sequence[tuple[int, int]] = (),
     *,
     xor: bool = False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from ..core.errors import CheckpointError, ConfigError
 from ..core.files import write_whole
 from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots
 from .stats import comparable
+from .worst import Worst, losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,36 +21,6 @@ if TYPE_CHECKING:
 
 AGREES = 0.9  # mean IoU to the base's masks below which a model no longer says the same
 _FLAG = "! slower than the base, or masks that agree with the base's by an IoU below 0.9"
-
-
-@dataclass(frozen=True)
-class Worst:
-    """One object on which a compressed model lost most against the base.
-
-    Attributes:
-        name: the model.
-        prompt: how the object was asked for.
-        choice: which of the masks was taken.
-        image_id: its image.
-        annotation_id: the object.
-        area: of the annotation, in pixels.
-        base_iou: IoU of the base's mask with the truth.
-        iou: IoU of the model's mask with the truth.
-    """
-
-    name: str
-    prompt: str
-    choice: str
-    image_id: int | str
-    annotation_id: int | str
-    area: float
-    base_iou: float
-    iou: float
-
-    @property
-    def loss(self) -> float:
-        """What was lost against the base."""
-        return self.base_iou - self.iou
 
 
 class Report:
@@ -87,7 +57,7 @@ class Report:
             ) from err
         return cls(doc)
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ---
 
     @property
     def rows(self) -> list[Row]:
@@ -147,16 +117,11 @@ class Report:
                 expected=", ".join(row["name"] for row in rows),
             )
         base = self.base(device)
-        found = [
-            worst
-            for row in rows
-            if row is not base and name in (None, row["name"])
-            for entry in row.get("accuracy") or ()
-            for worst in _losses(row["name"], entry, base)
-        ]
+        others = [r for r in rows if base and r is not base and name in (None, r["name"])]
+        found = [worst for row in others for worst in losses(row, base or {})]
         return sorted(found, key=lambda w: -w.loss)[:n]
 
-    # --- faces --------------------------------------------------------------------------------------
+    # --- faces ---
 
     def table(self, device: str | None = None) -> Table:
         """The headline table of one device.
@@ -176,9 +141,10 @@ class Report:
         columns += [Column("IoU to base", group="accuracy (± 95 %)")] if known else []
         shown = [k for k in MEASURES if any(MEASURES[k].read(row)[0] is not None for row in rows)]
         for key in shown:
-            columns.append(Column(_HEADS[key], MEASURES[key].unit, group=_GROUPS[key]))
+            measure = MEASURES[key]
+            columns.append(Column(measure.label, measure.unit, group=measure.group))
             if key == "latency_ms" and base:
-                columns.append(Column("speed-up", "x", group=_GROUPS[key]))
+                columns.append(Column("speed-up", "x", group=measure.group))
         body = [self._cells(row, base, known, shown) for row in rows]
         data = self.doc["data"]
         title = f"{data['name']}: {data['n_images']} images, {data['n_instances']} objects"
@@ -215,11 +181,11 @@ class Report:
 
     def _notes(self, rows: list[Row], body: list[list[Cell]]) -> list[str]:
         known = slots(rows)
-        notes = [
-            f"{slot_name(slot, known)}: {entry['protocol']}"
-            for slot in known
-            for entry in [next(e for r in rows if (e := accuracy_of(r, slot)))]
-        ]
+        notes = []
+        for slot in known:
+            entries = (accuracy_of(row, slot) for row in rows)
+            protocol = next(entry["protocol"] for entry in entries if entry)
+            notes.append(f"{slot_name(slot, known)}: {protocol}")
         if any(cell.mark == "red" for cells in body for cell in cells):
             notes.append(_FLAG)
         notes += [
@@ -294,7 +260,7 @@ class Report:
             write_whole(Path(path), text.encode())
         return text
 
-    # --- pictures -----------------------------------------------------------------------------------
+    # --- pictures ---
 
     def pareto(
         self,
@@ -326,42 +292,9 @@ class Report:
         return time_split(self, prompts=prompts, device=device, ax=ax)
 
 
-_HEADS = {
-    "parameters": "parameters",
-    "gmacs": "encoder work",
-    "size_mb": "on disk",
-    "encoder_ms": "encoder",
-    "prompt_ms": "each prompt",
-    "latency_ms": "encoder + 1 prompt",
-    "memory_mb": "peak memory",
-}
-_GROUPS = dict.fromkeys(("parameters", "gmacs", "size_mb"), "size") | dict.fromkeys(
-    ("encoder_ms", "prompt_ms", "latency_ms", "memory_mb"), "speed and memory"
-)
-
-
 def _cell(
     value: float | None, error: float | None = None, *, sign: bool = False, red: bool = False
 ) -> Cell:
     if value is None:
         return Cell("not measured", mark="grey")
     return Cell(float(value), error, "red" if red else "", sign)
-
-
-def _losses(name: str, entry: Row, base: Row | None) -> list[Worst]:
-    """Every object of one accuracy beside the base's result on the same object."""
-    other = accuracy_of(base, (entry["prompt"], entry["choice"])) if base else None
-    before = {(s["image_id"], s["annotation_id"]): s["iou"] for s in (other or {}).get("samples", ())}
-    return [
-        Worst(
-            name,
-            entry["prompt"],
-            entry["choice"],
-            *key,
-            area=s["area"],
-            base_iou=before[key],
-            iou=s["iou"],
-        )
-        for s in entry["samples"]
-        if (key := (s["image_id"], s["annotation_id"])) in before
-    ]

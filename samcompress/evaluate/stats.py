@@ -90,7 +90,9 @@ def bootstrap(
             got=f"draws={draws}, level={level}",
             expected="draws >= 1, 0 < level < 1",
         )
-    means = resampled(values, images, categories=categories, average=average, draws=draws, seed=seed)
+    means = resampled(
+        values, images, categories=categories, average=average, draws=draws, seed=seed
+    )
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
@@ -167,7 +169,8 @@ def pareto(costs: Any, gains: Any) -> np.ndarray:
     worse = np.concatenate([costs.reshape(len(costs), -1), -gains.reshape(len(gains), -1)], axis=1)
     other, row = worse[:, None], worse[None]
     beats = (other <= row).all(-1) & (other < row).any(-1)
-    return ~beats.any(0) & ~np.isnan(worse).any(-1)
+    front: np.ndarray = ~beats.any(0) & ~np.isnan(worse).any(-1)
+    return front
 
 
 def hypervolume(costs: Any, gains: Any, *, reference: tuple[float, float]) -> float:
@@ -238,9 +241,7 @@ def _table(
     """Sums and counts, (images, columns): the mean is the mean over columns of sum / count."""
     values = np.asarray(values, dtype=float)
     if average not in get_args(Average):
-        raise ConfigError(
-            "unknown average.", got=average, expected=" | ".join(get_args(Average))
-        )
+        raise ConfigError("unknown average.", got=average, expected=" | ".join(get_args(Average)))
     if len(values) == 0:
         raise DataError("there is no value to average.", expected="one instance or more")
     if len(values) != len(images):

@@ -2,7 +2,7 @@
 
 | technique | what it does | integers run | needs data |
 |---|---|---|---|
-| `Int8Weights` | stores the weights of Linears and convolutions as int8, one scale a channel | no | no |
+| `Int8Weights` | stores weights as int8, one scale a channel | no | no |
 """
 
 from .int8_weights import Int8Weights

@@ -19,8 +19,8 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: (out, ...) floating point.
 
     Returns:
-        (out, ...) int8 codes in -127...127 and (out,) float32 scales; ``codes * scale`` differs from
-        the weight by at most half a scale, that is max|w| of the channel / 254.
+        (out, ...) int8 codes in -127...127 and (out,) float32 scales; ``codes * scale`` differs
+        from the weight by at most half a scale, that is max|w| of the channel / 254.
     """
     weight = weight.detach().float()
     largest = weight.flatten(1).abs().amax(1)
@@ -102,9 +102,7 @@ class Int8Conv2d(_Int8):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, h, w) to (B, out_channels, h', w'), in the type of `x`."""
         weight = dequantize(self.weight, self.scale, x.dtype)
-        return F.conv2d(
-            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,8 @@ class Int8Weights(Transform, family="quantize", phase=50):
         """Quantise layer by layer, so that no second float copy of the model exists."""
         names = self._layers(model)
         for name in ctx.progress.track(names, label="layers"):
-            weight = model.get_submodule(name).weight
+            layer: Any = model.get_submodule(name)
+            weight = layer.weight.detach()
             if not torch.isfinite(weight).all():
                 raise ModelError(
                     f"{self.label} met a weight that is not finite.",
@@ -92,7 +94,7 @@ class Int8Weights(Transform, family="quantize", phase=50):
         return state
 
     def _layers(self, model: nn.Module) -> list[str]:
-        found = self.where.select(model, KINDS, step=self.label)
+        found: list[tuple[str, Any]] = self.where.select(model, KINDS, step=self.label)
         done = [name for name, layer in found if isinstance(layer, (Int8Linear, Int8Conv2d))]
         left = [
             name
@@ -114,5 +116,5 @@ class Int8Weights(Transform, family="quantize", phase=50):
 def _swap(model: nn.Module, name: str) -> Int8Linear | Int8Conv2d:
     twin = int8_twin(model.get_submodule(name))
     assert twin is not None
-    model.set_submodule(name, twin, strict=True)
+    model.set_submodule(name, twin)
     return twin

@@ -43,8 +43,8 @@ class ImageSize(Transform, family="substitute", phase=10):
 
     Source:
         Resizing of absolute positions: A. Dosovitskiy et al., 2020, arXiv 2010.11929 (bicubic, as
-        common since H. Touvron et al., 2020, arXiv 2012.12877). Relative positions: linear along the
-        table, as segment_anything's own encoder does when a table does not fit. Own code.
+        common since H. Touvron et al., 2020, arXiv 2012.12877). Relative positions: linear along
+        the table, as segment_anything's own encoder does when a table does not fit. Own code.
 
     Example:
         >>> import samcompress as sc
@@ -64,7 +64,8 @@ class ImageSize(Transform, family="substitute", phase=10):
 
     def check(self, model: nn.Module) -> None:
         """Check that the encoder is a ViT and that the size fits its patches."""
-        patch = _patch_size(model, self.label)
+        sam: Any = model
+        patch = _patch_size(sam, self.label)
         if self.size % patch:
             down, up = self.size // patch * patch, -(-self.size // patch) * patch
             raise ConfigError(
@@ -73,7 +74,7 @@ class ImageSize(Transform, family="substitute", phase=10):
                 expected=f"a multiple of {patch}",
                 fix=" or ".join(f"ImageSize(size={s})" for s in (down, up) if s),
             )
-        if self.size == model.image_encoder.img_size:
+        if self.size == sam.image_encoder.img_size:
             raise NoEffectError(
                 f"{self.label}: the model has this size already.",
                 where="image_encoder.img_size",
@@ -138,8 +139,8 @@ def resize_relative(table: Tensor, length: int) -> Tensor:
     return resized[0].T.to(table.dtype).contiguous()
 
 
-def _patch_size(model: nn.Module, step: str) -> int:
-    encoder: Any = model.image_encoder
+def _patch_size(model: Any, step: str) -> int:
+    encoder = model.image_encoder
     try:
         patch = encoder.patch_embed.proj.stride[0]
         _ = encoder.pos_embed, [(b.window_size, b.attn.use_rel_pos) for b in encoder.blocks]

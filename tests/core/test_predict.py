@@ -62,12 +62,16 @@ def test_logits_go_back_in_as_a_prompt() -> None:
 
 
 def test_reduced_precision_gives_float_outputs() -> None:
-    sam = random_sam().to(torch.bfloat16)
+    sam = random_sam()
+    sam.image_encoder.bfloat16()
+    sam.mask_decoder.bfloat16()
     found = sc.predict(sam, IMAGES[:1], [PROMPTS])[0]
     assert found.logits.dtype == found.scores.dtype == torch.float32
     full = sc.predict(random_sam(), IMAGES[:1], [PROMPTS])[0]
     error = (found.logits - full.logits).norm() / full.logits.norm()
     assert error < 0.1
+    with pytest.raises(errors.ModelError, match="prompt encoder computes in float32 only"):
+        sc.predict(sam.bfloat16(), IMAGES[:1], [PROMPTS])
 
 
 def test_tall_grey_and_one_pixel_images() -> None:

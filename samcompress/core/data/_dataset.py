@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, overload
 
 from ..errors import ConfigError, DataError
+from ._annotation import reason_of
 from ._sample import Held, Id, Packed, Sample, sha256
 
 OnError = Literal["skip", "raise"]
@@ -124,7 +125,7 @@ class Dataset(Sequence[Sample]):
             try:
                 image, found = sample.image, sample.instances
             except DataError as err:
-                self._skips.add(sample.id, "image", _short(err), err.where)
+                self._skips.add(sample.id, "image", reason_of(err), err.where)
                 continue
             kept = []
             for instance in found:
@@ -132,7 +133,7 @@ class Dataset(Sequence[Sample]):
                 try:
                     mask = instance.mask
                 except DataError as err:
-                    reason = _short(err)
+                    reason = reason_of(err)
                 else:
                     if mask.shape != sample.size:
                         reason = f"mask is {mask.shape}, image {sample.size}"
@@ -208,10 +209,6 @@ class Dataset(Sequence[Sample]):
     def __repr__(self) -> str:
         left_out = f", {len(self.skipped)} skipped" if self.skipped else ""
         return f"<Dataset {self.name} {len(self)} images{left_out}>"
-
-
-def _short(err: DataError) -> str:
-    return err.what if err.got is None else f"{err.what.rstrip('.')}: {err.got}"
 
 
 def as_dataset(data: object) -> Dataset:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ShapeError
+from ..errors import DataError, ShapeError
 
 Id = int | str
 Mask = NDArray[np.bool_]
@@ -46,7 +46,11 @@ class Instance:
         Raises:
             DataError: if what the annotation holds is not a mask.
         """
-        return self.source()
+        try:
+            return self.source()
+        except DataError as err:
+            err.where = err.where or f"annotation {self.id}"
+            raise
 
 
 class Sample:

@@ -51,11 +51,12 @@ class Scene(Sample):
 
     def __init__(self, seed: int, index: int, size: tuple[int, int]) -> None:
         super().__init__(index, f"scene_{seed}_{index:05d}", size)
-        self._key = (seed, index, *size)
+        self._key = (seed, index, size[0], size[1])
 
     @property
     def image(self) -> Image:
-        return _scene(*self._key)[0].copy()
+        image: Image = _scene(*self._key)[0].copy()
+        return image
 
     @property
     def instances(self) -> tuple[Instance, ...]:

@@ -4,16 +4,20 @@ Everything is plain numpy on the object's own window, so a scene is the same on 
 128 x 128 one takes a few milliseconds. Coordinates are pixel centres; lengths are in pixels.
 """
 
+# numpy types the arithmetic of arrays as Any
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 1  # raised with every change that changes a pixel; goes into the fingerprint
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 Rng = np.random.Generator
 

@@ -1,0 +1,280 @@
+"""Pictures of a report: each function returns a figure, draws into `ax` if given, shows nothing.
+
+Figures are made without pyplot, so that no state is left behind and no window can open. Colours are
+those of Okabe and Ito, which people who see fewer colours can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.display import number
+from ..core.errors import ConfigError, DataError
+from .measures import Row, measure, stages
+from .stats import pareto as frontier
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .report import Report
+
+BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
+GREY = "#8c8c8c"
+
+
+def pareto(
+    report: Report,
+    x: str = "latency_ms",
+    y: str = "miou",
+    *,
+    device: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Gain against cost: which model shall I take?
+
+    The base is a star; what another model beats in both is grey; bars are half the interquartile
+    range of times and the 95 % interval of accuracies.
+
+    Args:
+        report: the results.
+        x: the cost: ``"latency_ms"``, ``"encoder_ms"``, ``"prompt_ms"``, ``"memory_mb"``,
+            ``"size_mb"``, ``"parameters"`` or ``"gmacs"``.
+        y: the gain: ``"miou"``, or one prompt's, such as ``"miou:box"``.
+        device: as in `Report.select`.
+        ax: axes to draw into.
+
+    Raises:
+        ConfigError: as `Report.select`, or if there is no such measure.
+        DataError: if no row has both.
+    """
+    rows = report.select(device)
+    cost, gain = measure(x, rows), measure(y, rows)
+    rows = [r for r in rows if None not in (cost.read(r)[0], gain.read(r)[0])]
+    if not rows:
+        raise DataError("no row has both measures.", got=f"{cost.axis}, {gain.axis}")
+    costs, gains = ([m.read(r)[0] for r in rows] for m in (cost, gain))
+    best = frontier(costs, gains)
+    figure, ax = axes(ax, (7.2, 4.2))
+    order = sorted(np.flatnonzero(best), key=lambda i: costs[i])
+    ax.plot(
+        [costs[i] for i in order],
+        [gains[i] for i in order],
+        color=BLUE,
+        alpha=0.4,
+        drawstyle="steps-post",
+        zorder=1,
+    )
+    for i, row in enumerate(rows):
+        colour = BLUE if best[i] else GREY
+        ax.errorbar(
+            costs[i],
+            gains[i],
+            xerr=cost.read(row)[1],
+            yerr=gain.read(row)[1],
+            fmt="*" if row["base"] else "o",
+            markersize=15 if row["base"] else 7,
+            color=colour,
+            ecolor=colour,
+            elinewidth=1,
+            capsize=2,
+        )
+    _labels(ax, rows, costs, gains, best)
+    ax.set_xlabel(cost.axis)
+    ax.set_ylabel(gain.axis)
+    ax.set_title(f"{report.doc['data']['name']}, {rows[0]['device']}", loc="left")
+    ax.margins(x=0.18, y=0.15)
+    _plain(ax)
+    return figure
+
+
+def waterfall(
+    report: Report,
+    name: str | None = None,
+    *,
+    device: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """What each step of one model earned (above) and cost (below), added up from left to right.
+
+    Size comes from what every step noted. Time and accuracy of a step need a row that is the model
+    at that stage; where there is none, they are part of the next bar.
+
+    Args:
+        report: the results.
+        name: the model; the one with most steps if left out.
+        device: as in `Report.select`.
+        ax: axes to draw into.
+
+    Raises:
+        ConfigError: as `Report.select`, or if there is no such model.
+        DataError: if the model went through no step.
+    """
+    rows = report.select(device)
+    named = [r for r in rows if name in (None, r["name"])]
+    if not named:
+        known = ", ".join(r["name"] for r in rows)
+        raise ConfigError("there is no such model in the report.", got=name, expected=known)
+    row = max(named, key=lambda r: len(r["lineage"]))
+    found = stages(row, rows)
+    if len(found) < 2:
+        raise DataError("the model went through no step.", got=row["name"])
+    figure, ax = axes(ax, (7.2, 3.8))
+    series = (("size", -1, SKY), ("time", -1, BLUE), ("miou", 1, ORANGE))
+    legend = {"size": "bytes saved", "time": "time saved", "miou": "mIoU change"}
+    for shift, (field, sense, colour) in zip((-0.27, 0.0, 0.27), series, strict=True):
+        level = 0.0
+        label: str | None = legend[field]
+        for k, stage in enumerate(found[1:]):
+            share = getattr(stage, field)
+            if share is None:
+                continue
+            now = 100 * sense * (share - 1)
+            ax.bar(k + shift, now - level, 0.25, bottom=level, color=colour, label=label)
+            text = f"{number(now - level, sign=True)}"
+            up = now >= level
+            ax.annotate(
+                text,
+                (k + shift, now),
+                (0, 3 if up else -3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up else "top",
+                fontsize=8,
+            )
+            level, label = now, None
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(found) - 1), [stage.label for stage in found[1:]])
+    ax.set_ylabel("% of the base, added up")
+    ax.set_title(row["name"], loc="left")
+    ax.margins(y=0.15)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    _plain(ax)
+    return figure
+
+
+def time_split(
+    report: Report, *, prompts: int = 1, device: str | None = None, ax: Axes | None = None
+) -> Figure:
+    """Where the time of one image goes, so that "faster" is never the encoder alone.
+
+    Args:
+        report: the results.
+        prompts: prompts on the image; each costs a run of the decoder and one postprocessing.
+        device: as in `Report.select`.
+        ax: axes to draw into.
+
+    Raises:
+        ConfigError: as `Report.select`.
+        DataError: if no row was timed.
+    """
+    rows = [r for r in report.select(device) if r.get("latency")]
+    if not rows:
+        raise DataError("no row was timed.", fix="run the benchmark with latency")
+    figure, ax = axes(ax, (7.2, 1.3 + 0.42 * len(rows)))
+    each = "prompt" if prompts == 1 else f"{prompts} prompts"
+    parts = (
+        ("preprocess", "preprocessing", 1, PINK),
+        ("encoder", "image encoder", 1, BLUE),
+        ("prompt", each, prompts, ORANGE),
+        ("postprocess", f"postprocessing of {each}", prompts, GREEN),
+    )
+    places = np.arange(len(rows))[::-1]
+    left = np.zeros(len(rows))
+    for key, label, times, colour in parts:
+        width = times * np.array([r["latency"][key]["median_ms"] for r in rows])
+        ax.barh(places, width, 0.6, left=left, label=label, color=colour)
+        left += width
+    for place, total in zip(places, left, strict=True):
+        ax.annotate(
+            number(float(total)), (total, place), (4, 0), textcoords="offset points", va="center"
+        )
+    ax.set_yticks(places, [r["name"] for r in rows])
+    ax.set_xlabel("ms an image")
+    ax.margins(x=0.1)
+    ax.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+    _plain(ax)
+    return figure
+
+
+def bars(
+    report: Report, x: str = "size_mb", *, device: str | None = None, ax: Axes | None = None
+) -> Figure:
+    """One measure of every model, with its error.
+
+    Args:
+        report: the results.
+        x: the measure, as in `pareto`; accuracies too.
+        device: as in `Report.select`.
+        ax: axes to draw into.
+
+    Raises:
+        ConfigError: as `Report.select`, or if there is no such measure.
+        DataError: if no row has it.
+    """
+    rows = report.select(device)
+    shown = measure(x, rows)
+    rows = [r for r in rows if shown.read(r)[0] is not None]
+    if not rows:
+        raise DataError("no row has this measure.", got=shown.axis)
+    figure, ax = axes(ax, (7.2, 1.0 + 0.42 * len(rows)))
+    places = np.arange(len(rows))[::-1]
+    values = [shown.read(r) for r in rows]
+    errors = [error or 0.0 for _, error in values]
+    colours = [GREY if r["base"] else BLUE for r in rows]
+    ax.barh(places, [v for v, _ in values], 0.6, color=colours)
+    if any(errors):
+        ax.errorbar([v for v, _ in values], places, xerr=errors, fmt="none", ecolor="black")
+    ax.set_yticks(places, [r["name"] for r in rows])
+    ax.set_xlabel(shown.axis)
+    _plain(ax)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return file.getvalue()
+
+
+def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The given axes and their figure, or new ones of `size` inches."""
+    if ax is not None:
+        return ax.figure, ax
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    # Notebooks know figures only through pyplot; this is how an object shows itself without it.
+    figure._repr_png_ = lambda: png(figure)  # type: ignore[attr-defined]
+    return figure, figure.subplots()
+
+
+def _plain(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+
+
+def _labels(
+    ax: Axes, rows: list[Row], costs: list[Any], gains: list[Any], best: np.ndarray
+) -> None:
+    """Names beside the points, above and below in turn so that neighbours stay apart."""
+    order = sorted(range(len(rows)), key=lambda i: costs[i])
+    for turn, i in enumerate(order):
+        up = turn % 2 == 0
+        ax.annotate(
+            rows[i]["name"] + (" (base)" if rows[i]["base"] and rows[i]["name"] != "base" else ""),
+            (costs[i], gains[i]),
+            (6, 8 if up else -8),
+            textcoords="offset points",
+            va="bottom" if up else "top",
+            color="black" if best[i] else GREY,
+            fontsize=9,
+        )

@@ -1,0 +1,194 @@
+"""The result file: its JSON schema, and the check against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.errors import CheckpointError
+
+FORMAT = 1
+
+
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {**required, **(optional or {})},
+        "required": list(required),
+    }
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+NUMBER = {"type": "number"}
+TEXT = {"type": "string"}
+COUNT = {"type": "integer", "minimum": 0}
+ID = {"type": ["integer", "string"]}
+ANY = {"type": "object"}
+MAYBE = {"type": ["number", "null"]}
+INTERVAL = {"type": "array", "items": NUMBER, "minItems": 2, "maxItems": 2}
+SKIPPED = {"type": "array", "items": _object({"id": ID, "what": TEXT, "reason": TEXT})}
+
+TIMING = _object(
+    {
+        "median_ms": NUMBER,
+        "iqr_ms": NUMBER,
+        "p90_ms": NUMBER,
+        "p99_ms": NUMBER,
+        "min_ms": NUMBER,
+        "n": {"type": "integer", "minimum": 1},
+        "first_call_ms": NUMBER,
+        "samples_ms": {"type": "array", "items": NUMBER, "minItems": 1},
+    },
+    {"wall_median_ms": NUMBER},
+)
+
+LATENCY = _object(
+    {
+        "encoder": TIMING,
+        "prompt": TIMING,
+        "end_to_end": TIMING,
+        "preprocess": TIMING,
+        "postprocess": TIMING,
+    },
+    {
+        "throughput": ANY,
+        "threads": COUNT,
+        # Median of the base over this median, from calls that took turns in the same minutes.
+        "vs_base": {"type": "object", "additionalProperties": NUMBER},
+    },
+)
+
+MEMORY = _object(
+    {
+        "method": TEXT,
+        "baseline_mb": NUMBER,
+        "loaded_mb": NUMBER,
+        "peak_mb": NUMBER,
+        "steady_mb": NUMBER,
+    },
+    {"reserved_mb": MAYBE},
+)
+
+SAMPLE = _object(
+    {"image_id": ID, "annotation_id": ID, "iou": NUMBER},
+    {"category": {"type": ["integer", "null"]}, "area": NUMBER, "score": NUMBER, "mask": ANY},
+)
+
+ACCURACY = _object(
+    {
+        "protocol": TEXT,
+        "prompt": TEXT,
+        "choice": TEXT,
+        "miou": NUMBER,
+        "samples": {"type": "array", "items": SAMPLE},
+    },
+    {
+        "ci": INTERVAL,
+        "delta": MAYBE,
+        "delta_ci": _or_null(INTERVAL),
+        "n_images": COUNT,
+        "n_instances": COUNT,
+        "by_size": ANY,
+        "worse_share": MAYBE,
+        "wilcoxon_p": MAYBE,
+        "agreement": MAYBE,
+        "skipped": SKIPPED,
+    },
+)
+
+ROW = _object(
+    {
+        "name": TEXT,
+        "base": {"type": "boolean"},
+        "device": TEXT,
+        "status": {"enum": ["measured", "not_measured"]},
+        "lineage": {"type": "array", "items": ANY},
+    },
+    {
+        "reason": {"type": ["string", "null"]},
+        "missing": {"type": "object", "additionalProperties": TEXT},
+        "device_name": TEXT,
+        "dtype": TEXT,
+        "backend": TEXT,
+        "image_size": COUNT,
+        "params": _or_null(
+            _object(
+                {
+                    "total": COUNT,
+                    "encoder": COUNT,
+                    "prompt_encoder": COUNT,
+                    "mask_decoder": COUNT,
+                    "buffers": COUNT,
+                }
+            )
+        ),
+        "macs": _or_null(
+            _object({"encoder": COUNT, "encoder_no_attention": COUNT, "decoder_per_prompt": COUNT})
+        ),
+        "bytes_on_disk": {"type": ["integer", "null"]},
+        "recipe": _or_null(ANY),
+        "source": {"type": ["string", "null"]},
+        "licence": {"type": ["string", "null"]},
+        "weights_sha256": TEXT,
+        "identity": TEXT,
+        "base_identity": {"type": ["string", "null"]},
+        "accuracy": _or_null({"type": "array", "items": ACCURACY}),
+        "latency": _or_null(LATENCY),
+        "memory": _or_null(MEMORY),
+        "first_nonfinite": {"type": ["string", "null"]},
+        "seconds": NUMBER,
+        "date": TEXT,
+    },
+)
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Result of samcompress.evaluate.benchmark",
+    **_object(
+        {
+            "format": {"const": FORMAT},
+            "samcompress": TEXT,
+            "environment": ANY,
+            "data": _object(
+                {"name": TEXT, "fingerprint": TEXT, "n_images": COUNT, "n_instances": COUNT},
+                {
+                    "licence": {"type": ["string", "null"]},
+                    "note": {"type": ["string", "null"]},
+                    "skipped": SKIPPED,
+                },
+            ),
+            "settings": ANY,
+            "rows": {"type": "array", "items": ROW},
+        }
+    ),
+}
+
+
+def check(doc: Any, *, where: str | None = None) -> None:
+    """Check a result document.
+
+    Args:
+        doc: the parsed JSON.
+        where: the file it came from, for the error.
+
+    Raises:
+        CheckpointError: naming the first place that is not as the schema says.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(SCHEMA).iter_errors(doc))
+    if error is not None:
+        place = error.json_path
+        raise CheckpointError(
+            "this is not a result file of this format.",
+            where=f"{where}: {place}" if where else place,
+            got=_short(error.message),
+            expected=f"what samcompress.evaluate.schema.SCHEMA describes, format {FORMAT}",
+        )
+
+
+def _short(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
