@@ -1,32 +1,58 @@
-"""temporary while the parts are being written (lead): imports what exists."""
-import importlib as _il
+"""samcompress: make Segment Anything Models small and fast, and prove it.
+
+``import samcompress as sc``; then ``sc.load`` a SAM, chain techniques with ``|``, call the chain on the
+model, and let ``sc.evaluate`` measure what it cost and won.
+"""
+
+from . import attention, compile, distill, evaluate, prune, quantize, substitute  # noqa: A004
+from .core import data, errors
+from .core.adapters import to_transformers
+from .core.build import ARCHITECTURES, SamConfig, build
+from .core.checkpoint import save
+from .core.data import Dataset, Sample, shapes
+from .core.history import Step, lineage
+from .core.load import load
+from .core.pipeline import Pipeline, list_recipes
+from .core.predict import Embedding, Prediction, Prompt, predict
+from .core.registry import get, list_transforms, register
+from .core.transform import Context, Transform
+from .core.where import Where
+from .evaluate.summary import summary
+
 __version__ = "0.1.0"
-def _grab(module, *names):
-    try:
-        m = _il.import_module(f"samcompress.{module}")
-    except ImportError as e:
-        if "samcompress" not in str(e): raise
-        return
-    for n in names:
-        globals()[n] = getattr(m, n, None) if n != "." else m
-_grab("core.build", "ARCHITECTURES", "SamConfig", "build")
-_grab("core.checkpoint", "save")
-_grab("core.history", "Step", "lineage")
-_grab("core.pipeline", "Pipeline", "list_recipes")
-_grab("core.predict", "Embedding", "Prediction", "Prompt", "predict")
-_grab("core.registry", "get", "list_transforms", "register")
-_grab("core.transform", "Context", "Transform")
-_grab("core.where", "Where")
-_grab("core.errors")
-_grab("core.data", "Dataset", "Sample", "shapes")
-_grab("core.load", "load")
-_grab("core.adapters", "to_transformers")
-for _f in ("attention", "compile", "distill", "prune", "quantize", "substitute", "evaluate"):
-    try:
-        globals()[_f] = _il.import_module(f"samcompress.{_f}")
-    except ImportError as e:
-        if "samcompress" not in str(e): raise
-try:
-    data = _il.import_module("samcompress.core.data")
-    from samcompress.core import errors
-except ImportError: pass
+
+__all__ = [
+    "ARCHITECTURES",
+    "Context",
+    "Dataset",
+    "Embedding",
+    "Pipeline",
+    "Prediction",
+    "Prompt",
+    "SamConfig",
+    "Sample",
+    "Step",
+    "Transform",
+    "Where",
+    "attention",
+    "build",
+    "compile",
+    "data",
+    "distill",
+    "errors",
+    "evaluate",
+    "get",
+    "lineage",
+    "list_recipes",
+    "list_transforms",
+    "load",
+    "predict",
+    "prune",
+    "quantize",
+    "register",
+    "save",
+    "shapes",
+    "substitute",
+    "summary",
+    "to_transformers",
+]

@@ -104,9 +104,7 @@ def row(
 
 def missing(name: str, reason: str, device: str = "cpu") -> dict[str, Any]:
     """A row that could not be measured."""
-    nothing = dict.fromkeys(
-        ("params", "macs", "bytes_on_disk", "recipe", "weights_sha256", "latency", "memory")
-    )
+    nothing = dict.fromkeys(("params", "macs", "bytes_on_disk", "recipe", "latency", "memory"))
     return {
         **_head(name, False, device),
         **nothing,
@@ -165,7 +163,7 @@ def _accuracy(
 ) -> dict[str, Any]:
     """Objects of level ± 0.1 whose losses grow with their number."""
     spread = np.linspace(-0.1, 0.1, 24)
-    ious = level + spread - loss * np.linspace(0.0, 2.0, 24)
+    ious = (level + spread - loss * np.linspace(0.0, 2.0, 24)).clip(0)
     miou = float(ious.mean())
     samples = [
         {

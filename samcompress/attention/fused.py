@@ -134,15 +134,22 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, h, w, C) tokens to (B, h, w, C)."""
+        qkv = self.qkv(x)
         if not self.window_size:
-            return self.proj(self._heads(self.qkv(x)))
-        size, qkv = self.window_size, self.qkv(x)
+            return self.proj(self._heads(qkv))
+        # One row of windows at a time needs no padded copy of the whole map.
+        step = self.window_size if _limit(qkv) == CACHED else x.shape[1]
+        return self.proj(torch.cat([self._windows(part) for part in qkv.split(step, 1)], 1))
+
+    def _windows(self, qkv: Tensor) -> Tensor:
+        """Attention inside windows: (B, h, w, 3·n·d) to (B, h, w, n·d)."""
         # Padded tokens take part as keys, with the bias as key and value; trained weights rely on it.
-        qkv = pad(qkv, size, self.qkv.bias)
-        windows, padded = window_partition(qkv, size)
-        del qkv
-        mixed = self._heads(windows)
-        return self.proj(window_unpartition(mixed, size, padded, x.shape[1:3]))
+        windows, padded = window_partition(
+            pad(qkv, self.window_size, self.qkv.bias), self.window_size
+        )
+        return window_unpartition(
+            self._heads(windows), self.window_size, padded, tuple(qkv.shape[1:3])
+        )
 
     def _heads(self, qkv: Tensor) -> Tensor:
         """Attention of every head: (B, h, w, 3·n·d) to (B, h, w, n·d)."""

@@ -103,7 +103,8 @@ def assemble(config: SamConfig, state: TensorDict, *, where: str = "state dict")
     missing = [name for name in wanted if name not in weights]
     unknown = [name for name in weights if name not in wanted]
     odd = [name for name in wanted if name in weights and not _alike(wanted[name], weights[name])]
-    if odd and not missing and not unknown and all(_COUPLED.search(name) for name in odd):
+    floats = all(weights[name].is_floating_point() for name in odd)
+    if odd and floats and not missing and not unknown and all(map(_COUPLED.search, odd)):
         raise CheckpointError(
             "plain weights of a pruned model.",
             where=f"{where}: {_some(odd)}",
@@ -112,7 +113,7 @@ def assemble(config: SamConfig, state: TensorDict, *, where: str = "state dict")
             fix="save the pruned model with sc.save(model, folder) and load that folder",
         )
     if missing or unknown or odd:
-        shapes = [f"{n} {tuple(weights[n].shape)} instead of {tuple(wanted[n].shape)}" for n in odd]
+        shapes = [f"{n} {_kind(weights[n])} instead of {_kind(wanted[n])}" for n in odd]
         parts = {"missing": missing, "unknown": unknown, "wrong": shapes}
         near = closest(unknown[0], missing, n=1) if unknown else None
         raise CheckpointError(
@@ -171,6 +172,10 @@ def _count(state: TensorDict, pattern: str) -> int:
 
 def _alike(wanted: Tensor, found: Tensor) -> bool:
     return wanted.shape == found.shape and found.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" {tensor.dtype}")
 
 
 def _some(names: list[str], n: int = 3) -> str:

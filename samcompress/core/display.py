@@ -160,18 +160,21 @@ class Table:
 
         Long text is wrapped; what then is still too wide goes on below, under its first column.
         """
-        widths = self._widths(width)
-        blocks = [self._block(widths, ids) for ids in self._blocks(widths, width)]
+        # Headers in as few lines as the smallest number of blocks leaves room for.
+        choices = (self._widths(width, lines) for lines in (1, 2, 3, 99))
+        layouts = [(widths, self._blocks(widths, width)) for widths in choices]
+        widths, found = min(layouts, key=lambda layout: len(layout[1]))
+        blocks = [self._block(widths, ids) for ids in found]
         parts = [*textwrap.wrap(self.title, width), "\n\n".join(blocks)]
         for note in self.notes:
             parts += textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
         return "\n".join(parts)
 
-    def _widths(self, width: int) -> list[int]:
+    def _widths(self, width: int, lines: int) -> list[int]:
         widths = []
         full = [row for row in self.cells() if len(row) == len(self.columns)]
         for i, column in enumerate(self.columns):
-            words = column.name.split() + ([f"({column.unit})"] if column.unit else [])
+            words = [*_header(column.name, lines), f"({column.unit})" if column.unit else ""]
             words += [_short(row[i]) for row in full] + [
                 row[i].text for row in self.cells() if i < len(row) - 1
             ]
@@ -247,13 +250,10 @@ class Table:
             groups = [
                 (g, len(list(c))) for g, c in itertools.groupby(c.group for c in self.columns)
             ]
-            names = (
-                f'<th colspan="{n}" style="text-align:center;padding:0 .6em">{escape(g)}</th>'
-                for g, n in groups
-            )
+            names = (f'<th colspan="{n}" style="{_GROUP}">{escape(g)}</th>' for g, n in groups)
             head.append(f"<tr>{''.join(names)}</tr>")
         titles = (
-            f'<th style="{_css(c)};vertical-align:bottom">{escape(c.name)}'
+            f'<th style="{_css(c)};vertical-align:bottom;white-space:normal">{escape(c.name)}'
             + (f'<br><small style="opacity:.7">{escape(c.unit)}</small>' if c.unit else "")
             + "</th>"
             for c in self.columns
@@ -278,7 +278,14 @@ class Table:
             yield f'<td{wide} style="{style}">{escape(cell.text)}</td>'
 
 
+_GROUP = "text-align:center;font-weight:400;opacity:.75"
 _CAPTION = '"text-align:left;font-weight:600;padding:.3em 0"'
+
+
+def _header(name: str, lines: int) -> list[str]:
+    """A name on at most so many lines, in the narrowest way."""
+    widths = range(max(map(len, name.split())), len(name) + 1)
+    return next(found for w in widths if len(found := textwrap.wrap(name, w)) <= lines)
 
 
 def _short(cell: Cell) -> str:
@@ -314,7 +321,7 @@ def _grid(texts: Sequence[list[str]], columns: Sequence[Column], sizes: Sequence
 
 def _css(column: Column) -> str:
     wrap = "" if column.align == "left" else ";white-space:nowrap"
-    return f"text-align:{column.align};padding:.15em .6em{wrap}"
+    return f"text-align:{column.align};padding:.15em .45em{wrap}"
 
 
 def _pipes(cells: Any) -> str:

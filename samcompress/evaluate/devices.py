@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class Cuda(Device):
     def time(self, fn: Callable[[], Any]) -> Lap:
         """Run `fn` once; events on the current stream, and the wall clock around both."""
         stream = torch.cuda.current_stream(self.torch_device)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event = partial(torch.cuda.Event, enable_timing=True)
+        begin, end = event(), event()
         self.synchronize()
         start = time.perf_counter_ns()
         begin.record(stream)

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,8 +73,8 @@ def environment() -> dict[str, Any]:
         "interop_threads": torch.get_num_interop_threads(),
         "versions": {name: _version(name) for name in names},
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "gpus": _gpus(),
     }
 
@@ -109,7 +108,8 @@ def doctor() -> list[Check]:
         >>> [check.status for check in doctor() if check.name == "torch"]
         ['ready']
     """
-    checks = [_python(), *(_package(*entry) for entry in REQUIRED)]
+    checks = [Check("python", "ready", platform.python_version())]
+    checks += [_package(*entry) for entry in REQUIRED]
     for kind, cls in devices.KINDS.items():
         reason = cls.unavailable()
         if reason is None:
@@ -122,17 +122,12 @@ def doctor() -> list[Check]:
             users.setdefault(extra, []).append(name)
     checks += [_extra(extra, names) for extra, names in users.items()]
     checks += [
-        Check(f"plug-in {name}", "broken", reason, f"pip install -U or uninstall what brings {name}")
+        Check(
+            f"plug-in {name}", "broken", reason, f"pip install -U or uninstall what brings {name}"
+        )
         for name, reason in plugin_failures().items()
     ]
     return checks
-
-
-def _python() -> Check:
-    version = platform.python_version()
-    if sys.version_info < (3, 10):
-        return Check("python", "broken", f"{version}, 3.10 or newer is needed", "install Python 3.10")
-    return Check("python", "ready", version)
 
 
 def _package(name: str, module: str, least: tuple[int, ...]) -> Check:
@@ -173,7 +168,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the checkout the package runs from, and whether it has changes; None if installed."""
+    """Commit of the checkout that runs, and whether it has changes; None if installed."""
     commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD") if (ROOT / ".git").exists() else None
     changes = _run("git", "-C", str(ROOT), "status", "--porcelain") if commit else None
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
@@ -200,7 +195,7 @@ def _container() -> str | None:
     for kind, mark in (("docker", "/.dockerenv"), ("podman", "/run/.containerenv")):
         if Path(mark).exists():
             return kind
-    return os.environ.get("container")  # set by systemd-nspawn and others
+    return None
 
 
 def _physical_cores() -> int | None:
@@ -221,8 +216,6 @@ def _gpus() -> list[dict[str, Any]]:
     query = f"--query-gpu={','.join(GPU_FIELDS.values())}"
     found = _run("nvidia-smi", query, "--format=csv,noheader,nounits")
     if found is None:
-        return [
-            {"name": torch.cuda.get_device_name(i)} for i in range(torch.cuda.device_count())
-        ]
+        return [{"name": torch.cuda.get_device_name(i)} for i in range(torch.cuda.device_count())]
     lines = [line.split(", ") for line in found.splitlines() if line]
     return [dict(zip(GPU_FIELDS, line, strict=False)) for line in lines]

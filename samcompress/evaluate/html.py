@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.display import Cell, Column, Table, number
 from ..core.errors import DataError
-from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots
+from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots, speedup
 from .plots import pareto, time_split, waterfall
 from .worst import Worst, cases, mask_grid
 
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem;
   background: Canvas; color: CanvasText; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; font-size: 1.25rem;
-  border-bottom: 1px solid #8885; padding-bottom: .2rem; }
-table { font-size: .92rem; } tbody tr { border-top: 1px solid #8883; }
-thead tr:first-child th { opacity: .75; font-weight: 500; } thead { border-bottom: 2px solid #8886; }
-.lead { opacity: .75; margin-top: 0; } .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-figure { margin: 0; flex: 1 1 30rem; max-width: 46rem; } figure svg, figure img { width: 100%;
-  height: auto; } figcaption { font-size: .88rem; opacity: .8; }
-pre { background: #8881; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .88rem; }
-summary { cursor: pointer; padding: .2rem 0; } code { font-size: .92em; }
-@media print { details { display: block; } }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; }
+h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #8885; }
+table { font-size: .86rem; margin-top: 1rem; }
+thead { border-bottom: 2px solid #8886; }
+tbody tr { border-top: 1px solid #8883; }
+.lead { opacity: .75; margin-top: 0; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.5rem 2rem; align-items: flex-start; }
+figure { margin: 1rem 0 0; flex: 1 1 26rem; max-width: 36rem; }
+figure svg { width: 100%; height: auto; }
+figcaption { font-size: .88rem; opacity: .8; }
+pre { background: #8881; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; }
+pre, code { font-size: .88rem; }
+summary { cursor: pointer; padding: .2rem 0; }
 """
 
 
@@ -118,11 +121,12 @@ def _sentence(row: Row, base: Row) -> str:
     if row["status"] != "measured":
         return f"{name}: not measured, {escape(row.get('reason') or 'no reason given')}"
     parts = []
-    fast, small = (_ratio(base, row, key) for key in ("latency_ms", "size_mb"))
+    fast = speedup(row, base)
     if fast:
         parts.append(f"{number(fast)} times as fast for one image and one prompt")
-    if small:
-        parts.append(f"{number(100 / small)} % of the base's bytes")
+    (before, _), (now, _) = (MEASURES["size_mb"].read(r) for r in (base, row))
+    if before and now:
+        parts.append(f"{number(100 * now / before)} % of the base's bytes")
     known = slots([base])
     for slot in known:
         change, error = interval(accuracy_of(row, slot), "delta", "delta_ci")
@@ -130,11 +134,6 @@ def _sentence(row: Row, base: Row) -> str:
             shown = Cell(change, error, sign=True).text
             parts.append(f"mIoU {shown} with prompt {slot_name(slot, known)}")
     return f"{name}: {escape(', '.join(parts))}"
-
-
-def _ratio(base: Row, row: Row, key: str) -> float | None:
-    (before, _), (now, _) = MEASURES[key].read(base), MEASURES[key].read(row)
-    return before / now if before and now else None
 
 
 def _not_measured(report: Report) -> str:
@@ -145,20 +144,17 @@ def _not_measured(report: Report) -> str:
         if row["status"] != "measured"
     ]
     for device in report.devices:
-        rows = [r for r in report.select(device) if r["status"] == "measured"]
-        for measure in MEASURES.values():
-            names = [r["name"] for r in rows if measure.read(r)[0] is None]
-            if names:
-                gaps.append(f"{measure.axis} on {device}: {', '.join(names)}")
+        gaps += [f"on {device}: {gap}" for gap in report.gaps(report.select(device))]
     skipped = [*doc["data"].get("skipped", ())]
     if skipped:
         gaps.append(f"{len(skipped)} parts of the data could not be read and were left out:")
         gaps += [f"{s['id']}, {s['what']}: {s['reason']}" for s in skipped[:10]]
+    known = slots(report.rows)
     gaps += [
-        f"Other devices than {', '.join(report.devices)}: times and memory hold for the machine below "
-        "Environment only.",
-        f"Other prompts than {', '.join(slot_name(s, k) for k in [slots(report.rows)] for s in k)}; "
-        "detection (AP), segmenting everything, energy.",
+        f"Devices other than {', '.join(report.devices)}: times and memory are those of "
+        "the machine described under Environment, and of no other.",
+        f"Prompts other than {', '.join(slot_name(slot, known) for slot in known) or 'none'}; "
+        "detection (AP); segmenting everything; energy.",
     ]
     return f"<ul>{''.join(f'<li>{escape(gap)}</li>' for gap in gaps)}</ul>"
 
@@ -167,56 +163,49 @@ def _not_measured(report: Report) -> str:
 
 
 def _pictures(report: Report, device: str) -> str:
-    wanted: list[tuple[Callable[[], Figure], str]] = [
-        (
-            lambda slot=slot: pareto(report, y=f"miou:{slot}", device=device),
-            f"Which one shall I take? Accuracy against time, prompt: {slot}. The base is the star; "
-            "grey ones are beaten in both.",
-        )
-        for known in [slots(report.select(device))]
-        for slot in (slot_name(s, known) for s in known)
-    ]
-    wanted += [
-        (
-            lambda: waterfall(report, device=device),
-            "Which step earned what, and which cost what? Gains above, losses below.",
-        ),
-        (
-            lambda: time_split(report, device=device),
-            "Where the time of one image with one prompt goes.",
-        ),
-        (
-            lambda: time_split(report, prompts=32, device=device),
-            "The same with 32 prompts: the decoder runs for each of them.",
-        ),
-    ]
+    rows = report.select(device)
+    known = slots(rows)
     made = []
-    for make, caption in wanted:
-        try:
-            made.append(picture(make(), caption))
-        except DataError as err:
-            made.append(f"<p>No picture: {escape(err.what)}</p>")
+    for slot in (slot_name(s, known) for s in known):
+        caption = f"Which one shall I take? Accuracy against time, prompt: {slot}. "
+        caption += "The base is the star; grey ones are beaten in both."
+        made.append(_try(caption, pareto, report, y=f"miou:{slot}", device=device))
+    for row in rows:
+        if len(row["lineage"]) > 1:
+            caption = f"Which step of {row['name']} earned what (above), and cost what (below)?"
+            made.append(_try(caption, waterfall, report, row["name"], device=device))
+    for prompts, caption in (
+        (1, "Where the time of one image with one prompt goes."),
+        (32, "The same with 32 prompts: the decoder runs for each of them."),
+    ):
+        made.append(_try(caption, time_split, report, prompts=prompts, device=device))
     return f'<div class="pictures">{"".join(made)}</div>'
 
 
-def _worst(
-    report: Report, device: str, data: Any, models: Mapping[str, nn.Module], n: int
-) -> str:
+def _try(caption: str, draw: Callable[..., Figure], *args: Any, **kwargs: Any) -> str:
+    """A picture, or the sentence that says why there is none."""
+    try:
+        return picture(draw(*args, **kwargs), caption)
+    except DataError as err:
+        return f"<p>No picture: {escape(err.what)}</p>"
+
+
+def _worst(report: Report, device: str, data: Any, models: Mapping[str, nn.Module], n: int) -> str:
     found = report.worst(n, device=device)
     base = report.base(device)
     if not found or base is None:
         return "<p>There is nothing to compare with the base.</p>"
-    drawn = ""
-    if data is not None and models:
-        try:
-            figure = mask_grid(cases(found, data, models, base=base["name"]))
-            drawn = picture(figure, "White: outline of the truth. Pink: the prompt. Blue: the masks. "
-                            "Difference: orange was lost, sky blue was added.")
-        except DataError as err:
-            drawn = f"<p>No masks drawn: {escape(err.what)}</p>"
-    else:
+    if data is None or not models:
         drawn = "<p>Give <code>data=</code> and <code>models=</code> to see the masks.</p>"
+    else:
+        caption = "White: outline of the truth. Pink: the prompt. Blue: the masks. "
+        caption += "Difference: orange was lost, sky blue was added."
+        drawn = _try(caption, _masks, found, data, models, base["name"])
     return _worst_table(found).html() + drawn
+
+
+def _masks(found: list[Worst], data: Any, models: Mapping[str, nn.Module], base: str) -> Figure:
+    return mask_grid(cases(found, data, models, base=base))
 
 
 def _worst_table(found: list[Worst]) -> Table:
@@ -231,8 +220,16 @@ def _worst_table(found: list[Worst]) -> Table:
         Column("change"),
     )
     rows = [
-        (w.name, w.protocol.split("/")[1], str(w.image_id), str(w.annotation_id), float(w.area), w.base_iou, w.iou,
-         Cell(-w.loss, sign=True))
+        (
+            w.name,
+            w.protocol.split("/")[1],
+            str(w.image_id),
+            str(w.annotation_id),
+            w.area,
+            w.base_iou,
+            w.iou,
+            Cell(-w.loss, sign=True),
+        )
         for w in found
     ]
     return Table(columns, rows, title="Objects that lost most against the base")
@@ -285,5 +282,3 @@ def _shown(value: Any) -> str:
             return f"{len(value)}"
         return ", ".join(map(_shown, value)) or "none"
     return "not known" if value is None else number(value)
-
-

@@ -322,19 +322,22 @@ class _Work:
     def _encode(self, pixels: Tensor) -> Tensor:
         # One pixel differs from call to call, so that nothing along the way can answer from memory.
         pixels[0, 0, 0, 0] = self._next() / 256
-        return self.model.image_encoder(pixels)
+        features: Tensor = self.model.image_encoder(pixels)
+        return features
 
     def _decode(self, features: Tensor) -> Tensor:
         self.box[0, 0] = self._next() / 64
         sparse, dense = self.model.prompt_encoder(points=None, boxes=self.box, masks=None)
         kind = self.position.dtype
-        return self.model.mask_decoder(
+        logits, _ = self.model.mask_decoder(
             image_embeddings=features.to(kind),
             image_pe=self.model.prompt_encoder.get_dense_pe().to(kind),
             sparse_prompt_embeddings=sparse.to(kind),
             dense_prompt_embeddings=dense.to(kind),
             multimask_output=False,
-        )[0]
+        )
+        masks: Tensor = logits
+        return masks
 
     def _next(self) -> int:
         self.turn = (self.turn + 1) % 256

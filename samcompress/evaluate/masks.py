@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.data._annotation import decoder
 from ..core.errors import ShapeError
 
 Mask = NDArray[np.bool_]
@@ -186,11 +187,13 @@ def encode(mask: Mask) -> dict[str, Any]:
 
 
 def decode(run: dict[str, Any]) -> Mask:
-    """The (H, W) bool mask of `encode`."""
-    from pycocotools import mask as coco
+    """The (H, W) bool mask of `encode`.
 
-    mask: Mask = coco.decode(run).astype(bool)
-    return mask
+    Raises:
+        DataError: if the runs do not fill the size.
+    """
+    height, width = run["size"]
+    return decoder(run, (height, width))()
 
 
 def run_iou(first: dict[str, Any], second: dict[str, Any]) -> float:

@@ -71,6 +71,21 @@ MEASURES = {
 }
 
 
+def speedup(row: Row, base: Row) -> float | None:
+    """How many times as fast as the base for one image and one prompt.
+
+    The ratio of calls that took turns with the base's, where the row has it: the two medians alone
+    may come from a busy and from a quiet minute.
+    """
+    if row is base:
+        return 1.0
+    turns = _at(row, "latency", "vs_base", "end_to_end")
+    if turns is not None:
+        return float(turns)
+    (before, _), (now, _) = (MEASURES["latency_ms"].read(r) for r in (base, row))
+    return before / now if before and now else None
+
+
 def slots(rows: list[Row]) -> list[tuple[str, str]]:
     """(prompt, mask choice) of every accuracy in the rows, in order of appearance."""
     found = [(a["prompt"], a["choice"]) for row in rows for a in row.get("accuracy") or ()]
@@ -123,30 +138,27 @@ def stages(row: Row, rows: list[Row]) -> list[Stage]:
         rows: all rows of the same device, among them the base.
     """
     measured = {_key(r["lineage"]): r for r in rows if r["status"] == "measured"}
+    base = next((r for r in rows if r["base"]), {})
     steps = row["lineage"]
     start = next((k for k in range(len(steps) + 1) if _key(steps[:k]) in measured), 0)
     first = measured.get(_key(steps[:start]), {})
     sizes = [_at(step, "facts", "after", "bytes") for step in steps]
     before = _at(steps[start], "facts", "before", "bytes") if start < len(steps) else None
-    gain = measure("miou", rows) if slots(rows) else None
+    gain = measure("miou", rows).read if slots(rows) else None
     found = [Stage("base", 1.0, 1.0, 1.0)]
     for k in range(start + 1, len(steps) + 1):
         now = measured.get(_key(steps[:k]), {})
         size = sizes[k - 1] / before if sizes[k - 1] and before else None
-        time = _ratio(MEASURES["latency_ms"], now, first)
-        found.append(Stage(steps[k - 1]["type"], size, time, _ratio(gain, now, first)))
+        fast = [speedup(r, base) for r in (now, first) if r]
+        time = fast[1] / fast[0] if len(fast) == 2 and all(fast) else None
+        values = [gain(r)[0] if gain else None for r in (now, first)]
+        miou = values[0] / values[1] if None not in values and values[1] else None
+        found.append(Stage(steps[k - 1]["type"], size, time, miou))
     return found
 
 
 def _key(steps: list[Row]) -> str:
     return json.dumps([[s["type"], s["params"]] for s in steps], sort_keys=True)
-
-
-def _ratio(measure: Measure | None, row: Row, first: Row) -> float | None:
-    if measure is None:
-        return None
-    (value, _), (before, _) = measure.read(row), measure.read(first)
-    return value / before if value is not None and before else None
 
 
 def measure(name: str, rows: list[Row]) -> Measure:

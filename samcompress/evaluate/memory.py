@@ -1,7 +1,7 @@
 """Peak memory of a model, read in a fresh process.
 
-In the process that measures, other models have come and gone and the highest mark remembers them all;
-so the model is saved, and a new interpreter loads it and runs it once. All figures are MiB.
+In the process that measures, other models have come and gone, and the highest mark remembers them
+all; so the model is saved, and a new interpreter loads it and runs it once. All figures are MiB.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def pareto(
     ax.plot(
         [costs[i] for i in order],
         [gains[i] for i in order],
-        color=BLUE,
-        alpha=0.4,
+        color=GREY,
+        linewidth=1,
         drawstyle="steps-post",
         zorder=1,
     )
@@ -178,10 +178,10 @@ def time_split(
     figure, ax = axes(ax, (7.2, 1.3 + 0.42 * len(rows)))
     each = "prompt" if prompts == 1 else f"{prompts} prompts"
     parts = (
-        ("preprocess", "preprocessing", 1, PINK),
+        ("preprocess", "resize", 1, PINK),
         ("encoder", "image encoder", 1, BLUE),
         ("prompt", each, prompts, ORANGE),
-        ("postprocess", f"postprocessing of {each}", prompts, GREEN),
+        ("postprocess", "masks to full size", prompts, GREEN),
     )
     places = np.arange(len(rows))[::-1]
     left = np.zeros(len(rows))

@@ -76,7 +76,7 @@ class Rule:
             near = closest(str(name), (*NAMES, *_ALIAS))
             raise ConfigError(
                 "unknown prompt.",
-                got=name,
+                got=repr(name),
                 expected=", ".join((*NAMES, *_ALIAS)) + "; k is a number from 1",
                 fix=near,
             )

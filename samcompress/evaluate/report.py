@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.display import Cell, Column, Table
 from ..core.errors import CheckpointError, ConfigError
 from ..core.files import write_whole
-from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots
+from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots, speedup
 from .stats import comparable
 from .worst import Worst, losses
 
@@ -174,8 +174,7 @@ class Report:
             value, _ = MEASURES[key].read(row)
             cells.append(_cell(value))
             if key == "latency_ms" and base:
-                reference, _ = MEASURES[key].read(base)
-                ratio = reference / value if reference and value else None
+                ratio = speedup(row, base)
                 cells.append(_cell(ratio, red=ratio is not None and round(ratio, 2) < 1))
         return cells
 
@@ -193,10 +192,16 @@ class Report:
             for row in rows
             if row.get("first_nonfinite")
         ]
-        gaps = [m for k, m in MEASURES.items() if all(m.read(row)[0] is None for row in rows)]
-        if gaps:
-            notes.append(f"not measured: {', '.join(m.axis for m in gaps)}")
+        notes += [f"not measured: {gap}" for gap in self.gaps(rows)]
         return notes
+
+    def gaps(self, rows: list[Row]) -> list[str]:
+        """What was not measured in rows that were, and why; equal gaps of several rows as one."""
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            for part, reason in (row.get("missing") or {}).items():
+                found.setdefault(f"{part} ({reason})", []).append(row["name"])
+        return [f"{gap} of {', '.join(names)}" for gap, names in found.items()]
 
     def text(self) -> str:
         """The tables as fixed-width text, one for each device."""

@@ -55,4 +55,3 @@ def bytes_on_disk(source: nn.Module | str | Path) -> int:
             save(source, folder)
             return bytes_on_disk(folder)
     return sum(f.stat().st_size for f in Path(source).rglob("*") if f.is_file())
-

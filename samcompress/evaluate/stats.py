@@ -161,12 +161,11 @@ def pareto(costs: Any, gains: Any) -> np.ndarray:
         >>> pareto([1.0, 2.0, 3.0], [0.5, 0.4, 0.6]).tolist()
         [True, False, True]
     """
-    costs, gains = (np.asarray(x, dtype=float) for x in (costs, gains))
     if len(costs) != len(gains):
         raise ShapeError(
             "costs and gains differ in rows.", got=f"{len(costs)} costs, {len(gains)} gains"
         )
-    worse = np.concatenate([costs.reshape(len(costs), -1), -gains.reshape(len(gains), -1)], axis=1)
+    worse = np.column_stack([np.asarray(costs, dtype=float), -np.asarray(gains, dtype=float)])
     other, row = worse[:, None], worse[None]
     beats = (other <= row).all(-1) & (other < row).any(-1)
     front: np.ndarray = ~beats.any(0) & ~np.isnan(worse).any(-1)

@@ -32,7 +32,7 @@ class Worst:
         protocol: how the object was asked for and scored.
         image_id: its image.
         annotation_id: the object.
-        area: of the annotation, in pixels.
+        area: of the annotation, in pixels; None where the data have none.
         base_iou: IoU of the base's mask with the truth.
         iou: IoU of the model's mask with the truth.
     """
@@ -41,7 +41,7 @@ class Worst:
     protocol: str
     image_id: int | str
     annotation_id: int | str
-    area: float
+    area: float | None
     base_iou: float
     iou: float
 
@@ -58,7 +58,7 @@ def losses(row: Row, base: Row) -> list[Worst]:
         other = accuracy_of(base, (entry["prompt"], entry["choice"])) or {"samples": ()}
         before = {(s["image_id"], s["annotation_id"]): s["iou"] for s in other["samples"]}
         found += [
-            Worst(row["name"], entry["protocol"], *key, s["area"], before[key], s["iou"])
+            Worst(row["name"], entry["protocol"], *key, s.get("area"), before[key], s["iou"])
             for s in entry["samples"]
             if (key := (s["image_id"], s["annotation_id"])) in before
         ]

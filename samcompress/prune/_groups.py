@@ -72,7 +72,7 @@ def share_out(scores: Mapping[str, Tensor], total: int, round_to: int) -> dict[s
     for name, values in scores.items():
         values = values.float().cpu()
         values = (values - values.mean()) / (values.std(correction=0) + 1e-8)
-        portions = values.sort(descending=True).values.split(round_to)
+        portions = torch.split(values.sort(descending=True).values, round_to)
         counts[name] = len(portions[0])
         queue += [(float(p.mean()), name, len(p)) for p in portions[1:]]
     # The sort is stable and a layer's portions are in falling order, so each layer gives its best.
@@ -85,6 +85,6 @@ def share_out(scores: Mapping[str, Tensor], total: int, round_to: int) -> dict[s
     return counts
 
 
-def _cut(tensor: nn.Parameter, axis: int, index: Tensor) -> nn.Parameter:
+def _cut(tensor: Tensor, axis: int, index: Tensor) -> nn.Parameter:
     values = tensor.detach().index_select(axis, index)
     return nn.Parameter(values, requires_grad=tensor.requires_grad)

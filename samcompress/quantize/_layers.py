@@ -51,8 +51,9 @@ class _Int8(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         at = layer.weight.device
         self.register_buffer("weight", torch.zeros(layer.weight.shape, dtype=torch.int8, device=at))
@@ -67,7 +68,7 @@ class _Int8(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.bfloat16()` must not round the scales: they stay float32, like the codes stay int8.
         scale = self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
         return self
@@ -97,7 +98,8 @@ class Int8Conv2d(_Int8):
         super().__init__(layer)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
-        self.padding, self.dilation, self.groups = layer.padding, layer.dilation, layer.groups
+        self.padding: Any = layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, h, w) to (B, out_channels, h', w'), in the type of `x`."""

@@ -145,10 +145,10 @@ def test_runs_round_trip_and_compare() -> None:
 
 def test_coco_masks(coco: dict[int, tuple[np.ndarray, bool]]) -> None:
     digest = hashlib.sha256()
-    for id, (mask, _) in coco.items():
+    for key, (mask, _) in coco.items():
         run = encode(mask)
         assert np.array_equal(decode(run), mask)
-        digest.update(f"{id}:{run['counts']}".encode())
+        digest.update(f"{key}:{run['counts']}".encode())
     assert len(coco) == 1050
     assert sum(int(mask.sum()) for mask, _ in coco.values()) == 9_544_020
     assert digest.hexdigest().startswith("281be4e5e83b64c6")

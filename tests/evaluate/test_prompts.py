@@ -80,8 +80,8 @@ def test_random_points_are_uniform() -> None:
     mask = np.zeros((3, 5), bool)
     mask[1] = True
     counts = np.zeros(5)
-    for id in range(3000):
-        counts[int(random_points(mask, 1, generator(0, "a", id)).points[0, 0])] += 1
+    for number in range(3000):
+        counts[int(random_points(mask, 1, generator(0, "a", number)).points[0, 0])] += 1
     assert abs(counts - 600).max() < 80
 
 
@@ -165,9 +165,7 @@ def disc(shape: tuple[int, int], radius: int = 32) -> Decoder:
         return found
 
     def decode(prompts: list[Prompt], multimask: bool) -> Prediction:
-        masks = [
-            near(p.points[p.labels == 1]) & ~near(p.points[p.labels == 0]) for p in prompts
-        ]
+        masks = [near(p.points[p.labels == 1]) & ~near(p.points[p.labels == 0]) for p in prompts]
         n = len(prompts)
         return Prediction(
             torch.from_numpy(np.stack(masks))[:, None], torch.ones(n, 1), torch.zeros(n, 1, 4, 4)

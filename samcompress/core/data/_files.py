@@ -65,8 +65,9 @@ class Blob:
         Raises:
             DataError: if it is none.
         """
+        content = self.read()
         try:
-            return json.loads(self.read())
+            return json.loads(content)
         except ValueError as err:  # of JSON, and of its encoding
             raise DataError("file is not JSON.", where=str(self.path), got=str(err)) from err
 

@@ -139,15 +139,23 @@ def _files(place: Path, skips: Skips) -> Iterator[tuple[PurePosixPath, Blob]]:
 
 
 def _shard(path: Path, skips: Skips) -> Iterator[tuple[PurePosixPath, Blob]]:
-    end = path.stat().st_size
+    size = path.stat().st_size
+    end, last = 0, "nothing"
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                if member.isfile() and member.offset_data + member.size <= end:
-                    blob = Blob(path, member.offset_data, member.size)
-                    yield PurePosixPath(member.name), blob
-                elif member.isfile():
-                    skips.add(path.name, "shard", f"cut off inside {member.name}", str(path))
-                    return
+                end, last = member.offset_data + member.size, member.name
+                if end <= size and member.isfile():
+                    yield (
+                        PurePosixPath(member.name),
+                        Blob(path, member.offset_data, member.size),
+                    )
     except (tarfile.TarError, OSError) as err:
-        skips.add(path.name, "shard", f"cannot be read further: {err}", str(path))
+        if end <= size:
+            skips.add(path.name, "shard", f"cannot be read after {last}: {err}", str(path))
+            return
+    if end > size:
+        skips.add(path.name, "shard", f"cut off inside {last}", str(path))
+    elif any(Blob(path, -(-end // 512) * 512, 512).read() or b"cut"):
+        # tarfile takes a damaged or missing header for the end, which is a block of zeros
+        skips.add(path.name, "shard", f"cut off or damaged after {last}", str(path))
