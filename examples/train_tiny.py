@@ -1,11 +1,12 @@
 """Train `tiny`, the test-sized SAM that ships with samcompress, on drawn scenes.
 
-    python examples/train_tiny.py train  --work /tmp/tiny          # about an hour on one core; resumes
-    python examples/train_tiny.py export --work /tmp/tiny --to samcompress/core/tiny/model.safetensors
+    python examples/train_tiny.py train  --work /tmp/tiny    # about an hour on one core; resumes
+    python examples/train_tiny.py export --work /tmp/tiny    # into the package
 
 Losses and prompts follow SAM (arXiv 2304.02643): a point or a jittered box, then clicks where the
-masks are wrong, with the last mask as a prompt; of three masks only the best learns. Training begins
-with BCE, which starts sooner, and moves to SAM's focal loss.
+masks are wrong, with the last mask as a prompt; of three masks only the best learns. A first lesson
+without images teaches what prompts mean, which images alone teach slowly; then everything is trained,
+first with BCE, which starts sooner, later with SAM's focal loss.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from samcompress.core import _fit
+from samcompress.core._draws import batch, generator
 from samcompress.core._progress import Progress
 from samcompress.core.build import build
 from samcompress.core.data import shapes
@@ -72,12 +74,14 @@ class Scenes:
         return cls(**{k: torch.from_numpy(v) for k, v in load_file(cache).items()})
 
     def draw(self, images: list[int], each: int, g: torch.Generator) -> tuple[Tensor, ...]:
-        """Images, target masks in [0, 1] and boxes of `each` instances an image, turned at random."""
+        """Images, target masks in [0, 1], boxes of `each` instances an image, turned at random."""
         side = self.images.shape[-1]
         pictures, masks, boxes = [], [], []
         for i in images:
             low, high = int(self.first[i]), int(self.first[i + 1])
-            pick = low + torch.randint(high - low, (each,), generator=g)
+            # Large objects a little more often: of small ones the coarse grid shows little.
+            weight = self.masks[low:high].sum((1, 2)).float() ** 0.3
+            pick = low + torch.multinomial(weight, each, replacement=True, generator=g)
             picture, mask, box = self.images[i], self.masks[pick], self.boxes[pick]
             channels = torch.randperm(3, generator=g)
             flip_x, flip_y, swap = torch.randint(2, (3,), generator=g).tolist()
@@ -142,17 +146,24 @@ def next_click(logits: Tensor, target: Tensor, g: torch.Generator) -> tuple[Tens
 
 
 def start() -> Sam:
-    """`tiny` with random weights, its relative positions not zero so that they are used."""
+    """`tiny` with random weights that learn fast.
+
+    Relative positions are not zero, so that they are used; and the waves that encode coordinates are
+    half as short as SAM's, as there are only 16 cells a side.
+    """
     sam = build("tiny", seed=SEED)
-    g = _fit.generator(SEED, "positions")
+    g = generator(SEED, "positions")
     with torch.no_grad():
+        sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix *= 0.5
         for name, p in sam.image_encoder.named_parameters():
             if "rel_pos" in name or name == "pos_embed":
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02)
     return sam
 
 
-def decode(sam: Sam, features: Tensor, **prompt: Tensor | tuple[Tensor, Tensor] | None):  # noqa: ANN201
+def decode(
+    sam: Sam, features: Tensor, **prompt: Tensor | tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """All four masks (P, 4, h, w) and scores (P, 4) for P prompts, each with its own features."""
     sparse, dense = sam.prompt_encoder(**prompt)
     decoder, n = sam.mask_decoder, len(features)
@@ -188,6 +199,44 @@ def overlap(logits: Tensor, target: Tensor) -> Tensor:
     return (mask & truth).sum((2, 3)) / (mask | truth).sum((2, 3)).clamp(min=1)
 
 
+def terms(logits: Tensor, scores: Tensor, target: Tensor, focus: float) -> dict[str, Tensor]:
+    """The single mask's loss, that of the best of three, and that of the predicted IoUs."""
+    losses = mask_losses(logits, target, focus)
+    return {
+        "single": losses[:, 0].mean(),
+        "multi": losses[:, 1:].min(1).values.mean(),
+        "score": F.mse_loss(scores, overlap(logits, target)),
+    }
+
+
+class Geometry:
+    """First lesson, without images: what a box and a point mean. Prompt encoder and decoder alone.
+
+    The target is the ellipse in a drawn box; of a point it is one of any size around it, which the
+    three masks share out between small, middle and large.
+    """
+
+    def __init__(self, sam: Sam, prompts: int = 48) -> None:
+        self.sam, self.prompts = sam, prompts
+
+    def __call__(self, step: int) -> Mapping[str, Tensor]:
+        g = generator(SEED, "geometry", step)
+        side, n = self.sam.image_encoder.img_size, self.prompts
+        centre = side * torch.rand(n, 2, generator=g)
+        reach = side * torch.exp(torch.rand(n, 2, generator=g) * 2.4 - 3.4)
+        grid = 2 * torch.arange(side // 2) + 1.0
+        x, y = (((grid - centre[:, i, None]) / reach[:, i, None]) ** 2 for i in (0, 1))
+        target = ((x[:, None, :] + y[:, :, None]) < 1).float()
+        features = torch.zeros(n, self.sam.prompt_encoder.embed_dim, side // 8, side // 8)
+        if torch.rand((), generator=g) < 0.7:
+            box = torch.cat([centre - reach, centre + reach], 1).clamp(0, side)
+            logits, scores = decode(self.sam, features, points=None, boxes=box, masks=None)
+        else:
+            click = centre[:, None] - 0.5, torch.ones(n, 1)
+            logits, scores = decode(self.sam, features, points=click, boxes=None, masks=None)
+        return terms(logits, scores, target, 0.0)
+
+
 class Objective:
     """The loss of a step: images, prompts and rounds are drawn from the step's own generator.
 
@@ -201,15 +250,15 @@ class Objective:
     """
 
     def __init__(
-        self, sam: Sam, scenes: Scenes, plan: _fit.Plan, *, images: int = 8, each: int = 4
+        self, sam: Sam, scenes: Scenes, plan: _fit.Plan, *, images: int = 6, each: int = 8
     ) -> None:
         self.sam, self.scenes, self.plan, self.images, self.each = sam, scenes, plan, images, each
 
     def __call__(self, step: int) -> Mapping[str, Tensor]:
         sam, done = self.sam, step / self.plan.steps
         focus = min(max(3 * done - 1, 0.0), 1.0)
-        g = _fit.generator(SEED, "prompts", step)
-        chosen = _fit.batch(len(self.scenes.images), self.images, seed=SEED, step=step)
+        g = generator(SEED, "prompts", step)
+        chosen = batch(len(self.scenes.images), self.images, seed=SEED, step=step)
         images, target, boxes = self.scenes.draw(chosen, self.each, g)
         features = sam.image_encoder(sam.preprocess(images)).repeat_interleave(self.each, 0)
         with_box, with_mask = torch.rand(2, generator=g) < torch.tensor([0.45, 0.75])
@@ -223,8 +272,7 @@ class Objective:
         for index in range(rounds):
             click = None if points is None else (points, labels)
             logits, scores = decode(sam, features, points=click, boxes=box, masks=mask)
-            terms = self._terms(logits, scores, target, focus)
-            for name, value in terms.items():
+            for name, value in terms(logits, scores, target, focus).items():
                 total[name] = total.get(name, 0) + value / rounds
             if index + 1 < rounds:
                 with torch.no_grad():
@@ -240,17 +288,6 @@ class Objective:
         return total
 
     @staticmethod
-    def _terms(logits: Tensor, scores: Tensor, target: Tensor, focus: float) -> dict[str, Tensor]:
-        losses = mask_losses(logits, target, focus)
-        with torch.no_grad():
-            truth = overlap(logits, target)
-        return {
-            "single": losses[:, 0].mean(),
-            "multi": losses[:, 1:].min(1).values.mean(),
-            "score": F.mse_loss(scores, truth),
-        }
-
-    @staticmethod
     def _best(logits: Tensor, scores: Tensor, ambiguous: bool) -> Tensor:
         """The mask a user would go on with: the one of three with the best score for one point."""
         index = scores[:, 1:].argmax(1) + 1 if ambiguous else torch.zeros(len(logits)).long()
@@ -261,33 +298,34 @@ class Objective:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, or go on from the checkpoint in the work folder."""
+    """Train, or go on from the checkpoints in the work folder."""
     args.work.mkdir(parents=True, exist_ok=True)
     sam = start()
-    scenes = Scenes.make(args.scenes, SEED, 128, args.work / "scenes.safetensors")
+    parts = ("prompt_encoder", "mask_decoder")
+    plan = _fit.Plan(steps=600, lr=3e-3, warmup=0.03, clip=1.0, seed=SEED)
+    run(sam, Geometry(sam), plan, parts, args.work / "geometry.safetensors")
+    scenes = Scenes.make(args.scenes, SEED, sam.image_encoder.img_size, args.work / "scenes")
     plan = _fit.Plan(
-        steps=args.steps, lr=1e-3, weight_decay=0.02, warmup=0.03, clip=1.0, ema=0.998, seed=SEED
+        steps=args.steps, lr=2e-3, weight_decay=0.02, warmup=0.04, clip=1.0, ema=0.998, seed=SEED
     )
-    objective = Objective(sam, scenes, plan)
+    run(sam, Objective(sam, scenes, plan), plan, ("",), args.work / "train.safetensors")
+
+
+def run(sam: Sam, loss: _fit.Loss, plan: _fit.Plan, parts: tuple[str, ...], place: Path) -> None:
+    """One stretch of training, its losses logged every 50 steps."""
     recent: list[dict[str, float]] = []
 
     def told(step: int) -> Mapping[str, Tensor]:
-        terms = objective(step)
-        recent.append({k: float(v.detach()) for k, v in terms.items()})
+        found = loss(step)
+        recent.append({k: float(v.detach()) for k, v in found.items()})
         if len(recent) == 50:
-            means = {k: sum(r[k] for r in recent) / 50 for k in terms}
-            log.info("step %d  %s", step + 1, "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+            means = {k: sum(r[k] for r in recent) / 50 for k in found}
+            text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+            log.info("%s, step %d  %s", place.stem, step + 1, text)
             recent.clear()
-        return terms
+        return found
 
-    _fit.fit(
-        sam,
-        told,
-        plan,
-        checkpoint=args.work / "train.safetensors",
-        identity={"scenes": args.scenes, "architecture": "tiny"},
-        progress=Progress(True, "tiny"),
-    )
+    _fit.fit(sam, told, plan, parts=parts, checkpoint=place, progress=Progress(True, "tiny"))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -301,7 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("train", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of scenes and checkpoint")
-    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--to", type=Path, default=Path("samcompress/core/tiny/model.safetensors"))
     args = parser.parse_args()

@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # More threads than free cores make small models many times slower.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Decomposed relative positions: the two terms added to attention scores, and attention with them."""
+"""Decomposed relative positions: two terms added to scores, and attention with them."""
 
 from __future__ import annotations
 

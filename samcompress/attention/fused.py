@@ -21,7 +21,7 @@ from ._rel_pos import attend, terms
 from ._window import pad
 
 # Bytes of scores made at a time. On a CPU they are read while still in the cache; elsewhere, and in
-# graphs that unroll the pieces, fewer and larger ones are faster. Chosen by timing vit_b at 1024 px.
+# graphs that unroll the pieces, fewer and larger ones are faster. Chosen by timing vit_b, 1024 px.
 CACHED = 8 << 20
 AT_ONCE = 256 << 20
 
@@ -31,9 +31,9 @@ AT_ONCE = 256 << 20
 class Fused(Transform, family="attention", phase=30):
     """Compute the encoder's attention in cache-sized pieces, exactly.
 
-    Use it on every ViT SAM that runs in PyTorch: it costs no accuracy and no training. It brings most
-    at large image sizes, where the scores of global attention do not fit in the cache, and little on
-    small encoders, whose time goes to the linear layers.
+    Use it on every ViT SAM that runs in PyTorch: it costs no accuracy and no training. It brings
+    most at large image sizes, where the scores of global attention do not fit in the cache, and
+    little on small encoders, whose time goes to the linear layers.
 
     Raises:
         ModelError: if the image encoder has no segment_anything ViT block.
@@ -49,10 +49,10 @@ class Fused(Transform, family="attention", phase=30):
         act on them as before. Put it after a change of the image size.
 
     Source:
-        Fused attention in tiles: FlashAttention, Dao et al. 2022, arXiv 2205.14135, through PyTorch's
-        `scaled_dot_product_attention`. Decomposed relative positions: MViTv2, Li et al. 2021, arXiv
-        2112.01526. Own code (Apache-2.0); unlike segment-anything-fast (Apache-2.0), no kernel for one
-        GPU model, and windows are padded after the projection.
+        Fused attention in tiles: FlashAttention, Dao et al. 2022, arXiv 2205.14135, through
+        PyTorch's `scaled_dot_product_attention`. Decomposed relative positions: MViTv2, Li et al.
+        2021, arXiv 2112.01526. Own code (Apache-2.0); unlike segment-anything-fast (Apache-2.0), no
+        kernel for one GPU model, and windows are padded after the projection.
 
     Example:
         >>> import samcompress as sc
@@ -143,13 +143,10 @@ class FusedAttention(nn.Module):
 
     def _windows(self, qkv: Tensor) -> Tensor:
         """Attention inside windows: (B, h, w, 3·n·d) to (B, h, w, n·d)."""
-        # Padded tokens take part as keys, with the bias as key and value; trained weights rely on it.
-        windows, padded = window_partition(
-            pad(qkv, self.window_size, self.qkv.bias), self.window_size
-        )
-        return window_unpartition(
-            self._heads(windows), self.window_size, padded, tuple(qkv.shape[1:3])
-        )
+        size, inner = self.window_size, tuple(qkv.shape[1:3])
+        # Padded tokens take part, with the bias as key and value; trained weights rely on it.
+        windows, outer = window_partition(pad(qkv, size, self.qkv.bias), size)
+        return window_unpartition(self._heads(windows), size, outer, inner)
 
     def _heads(self, qkv: Tensor) -> Tensor:
         """Attention of every head: (B, h, w, 3·n·d) to (B, h, w, n·d)."""

@@ -1,13 +1,12 @@
 """Training in one small loop; every technique that learns uses it.
 
-All that is drawn at random is a pure function of the seed and the step, so a run that was stopped goes
-on from its last checkpoint bit for bit (on the CPU), whatever stopped it.
+All that is drawn at random is a pure function of the seed and the step, so a run that was stopped
+goes on from its last checkpoint bit for bit (on the CPU), whatever stopped it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._draws import drawn
 from ._progress import Progress
 from .contract import device_of
 from .errors import CheckpointError, ConfigError, ModelError, NoEffectError
@@ -93,32 +93,12 @@ class Run:
     seconds: float = 0.0
 
     def curve(self, points: int = 50) -> list[float]:
-        """The summed loss in at most `points` means over equal stretches; skipped steps left out."""
+        """The summed loss in at most `points` means over equal stretches, without skipped steps."""
         total = [sum(v for v in row if v == v) for row in zip(*self.curves.values(), strict=True)]
         total = [v for v in total if math.isfinite(v)]
         width = max(1, math.ceil(len(total) / points))
         parts = [total[i : i + width] for i in range(0, len(total), width)]
         return [float(f"{sum(p) / len(p):.6g}") for p in parts]
-
-
-def generator(*keys: object) -> torch.Generator:
-    """A CPU generator that depends on the keys alone, e.g. ``generator(seed, step, "clicks")``."""
-    return torch.Generator().manual_seed(_number(*keys))
-
-
-def batch(n: int, size: int, *, seed: int, step: int) -> list[int]:
-    """Which of `n` items make up the batch of a step.
-
-    Items come in a new random order each epoch; a batch may reach over the end of one, so every item is
-    seen equally often and every batch is full.
-
-    Example:
-        >>> sorted(batch(6, 3, seed=0, step=0) + batch(6, 3, seed=0, step=1))
-        [0, 1, 2, 3, 4, 5]
-    """
-    places = range(step * size, (step + 1) * size)
-    orders = {e: _order(n, seed, e) for e in {p // n for p in places}}
-    return [orders[p // n][p % n] for p in places]
 
 
 def trainable(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -150,7 +130,7 @@ def trainable(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]
 
 @contextmanager
 def training(model: nn.Module, parts: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Let only the named submodules train; all else is frozen and in eval mode. Restored afterwards.
+    """Let only the named submodules train, all else frozen and in eval mode; restored afterwards.
 
     Args:
         model: the model.
@@ -194,8 +174,8 @@ def fit(
 
     Args:
         model: float32, on any device.
-        loss: from the step to named terms, scalars already weighted; their sum is minimised. Must be a
-            pure function of the step and the weights: take batches from `batch`, draws from `generator`.
+        loss: from the step to named terms, scalars already weighted; their sum is minimised. Must
+            be a pure function of step and weights: batches and draws come from `_draws`.
         plan: how to train.
         parts: submodules that train; the rest is frozen and in eval mode.
         checkpoint: safetensors file written now and then and at the end; resumed from if it exists.
@@ -274,7 +254,7 @@ class _Loop:
         run, plan = self.run, self.plan
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(run.step)
-        with _drawn(device_of(self.model), plan.seed, run.step):
+        with drawn(device_of(self.model), plan.seed, "step", run.step):
             terms = loss(run.step)
             total = torch.stack(list(terms.values())).sum()
             norm = total.detach()
@@ -314,7 +294,7 @@ class _Loop:
                 where=f"step {self.run.step}",
                 got=", ".join(f"{k} {float(v.detach()):g}" for k, v in terms.items()),
                 expected="finite losses and gradients",
-                fix=f"a lower learning rate than {self.plan.lr:g}, and images and weights without NaN",
+                fix=f"a lower rate than {self.plan.lr:g}, and images and weights without NaN",
             )
 
     def finish(self) -> None:
@@ -406,24 +386,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _inside(name: str, parts: Sequence[str]) -> bool:
     return any(not part or name == part or name.startswith(f"{part}.") for part in parts)
-
-
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
-
-
-def _number(*keys: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
-
-
-@contextmanager
-def _drawn(device: torch.device, seed: int, step: int) -> Iterator[None]:
-    """Make dropout a function of the step, and leave the global random state as it was."""
-    gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if gpu else []):
-        number = _number(seed, "step", step)
-        torch.default_generator.manual_seed(number)
-        if gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(number)
-        yield

@@ -33,16 +33,17 @@ def read_state(path: Path) -> TensorDict:
     Raises:
         CheckpointError: if the file is empty, damaged, of another format, or holds code.
     """
-    if path.stat().st_size == 0:
-        raise CheckpointError(
-            "the checkpoint is empty.", where=str(path), got="0 bytes", fix="get the file again"
-        )
     try:
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        size = path.stat().st_size
+        content = _read(path) if size else None
     except OSError as err:
         raise CheckpointError(
             "the checkpoint cannot be opened.", where=str(path), got=f"{type(err).__name__}: {err}"
         ) from err
+    if not size:
+        raise CheckpointError(
+            "the checkpoint is empty.", where=str(path), got="0 bytes", fix="get the file again"
+        )
     return plain_names(_unwrap(content, path))
 
 
@@ -57,6 +58,10 @@ def plain_names(state: TensorDict) -> TensorDict:
 def first_line(error: BaseException | str) -> str:
     """The beginning of a foreign error's text, for the `got` line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def _read(path: Path) -> Any:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _read_safetensors(path: Path) -> TensorDict:

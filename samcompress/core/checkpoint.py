@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from .build import SamConfig
 from .contract import check_sam
-from .errors import CheckpointError, ConfigError, ModelError, SamCompressError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    SamCompressError,
+    UnknownTransformError,
+)
 from .files import sha256, whole
 from .history import Base, History, Step, history, remember, step_from
 from .sizes import parameter_count
@@ -266,6 +272,8 @@ def _record(document: dict[str, Any], folder: Path) -> History:
             Step(step_from(s, where=place), s["state"], s.get("facts", {}))
             for s in document["steps"]
         )
+    except UnknownTransformError:
+        raise
     except (KeyError, TypeError, ConfigError) as err:
         raise CheckpointError(
             "the record of a checkpoint is damaged.",

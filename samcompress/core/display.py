@@ -20,7 +20,7 @@ WIDTH = 100
 _NARROWEST = 16  # a text column is wrapped down to this before the table is split into blocks
 _GAP = "  "
 _MARKS = {
-    # One red that is readable on white and on black, because a notebook does not tell its theme.
+    # A red that is readable on white and on black: a notebook does not tell its theme.
     "red": "color:#d4433b;font-weight:600",
     "grey": "opacity:.6",
     "bold": "font-weight:600",
@@ -171,13 +171,11 @@ class Table:
         return "\n".join(parts)
 
     def _widths(self, width: int, lines: int) -> list[int]:
-        widths = []
-        full = [row for row in self.cells() if len(row) == len(self.columns)]
+        widths, count = [], len(self.columns)
         for i, column in enumerate(self.columns):
             words = [*_header(column.name, lines), f"({column.unit})" if column.unit else ""]
-            words += [_short(row[i]) for row in full] + [
-                row[i].text for row in self.cells() if i < len(row) - 1
-            ]
+            # The last cell of a short row runs on, and so needs no room in this column.
+            words += [_short(row[i]) for row in self.cells() if i < len(row) - (len(row) < count)]
             widths.append(max(map(len, words)))
         texts = [i for i, c in enumerate(self.columns) if c.align == "left"]
         while sum(widths) + len(_GAP) * (len(widths) - 1) > width and texts:
@@ -217,11 +215,9 @@ class Table:
                 texts = [textwrap.wrap(c.text, w) for c, w in zip(row, spans, strict=True)]
                 lines += _grid(texts, kept, spans)
             else:
-                shown = [row[i].text if i < len(row) else "" for i in ids]
-                texts = [
-                    textwrap.wrap(text, size, break_on_hyphens=False)
-                    for text, size in zip(shown, sizes, strict=True)
-                ]
+                shown = (row[i].text if i < len(row) else "" for i in ids)
+                wrapped = zip(shown, sizes, strict=True)
+                texts = [textwrap.wrap(t, w, break_on_hyphens=False) for t, w in wrapped]
                 lines += _grid(texts, columns, sizes)
         return "\n".join(lines)
 
@@ -235,9 +231,8 @@ class Table:
         )
         lines.append(_pipes("---" if c.align == "left" else "---:" for c in self.columns))
         for row in self.cells():
-            shown = [
-                f"**{_md(c.text)}**" if c.mark in ("red", "bold") else _md(c.text) for c in row
-            ]
+            strong = ("red", "bold")
+            shown = [f"**{_md(c.text)}**" if c.mark in strong else _md(c.text) for c in row]
             lines.append(_pipes(shown + [""] * (len(self.columns) - len(row))))
         if self.notes:
             lines += ["", "\n\n".join(map(_md, self.notes))]
@@ -247,9 +242,9 @@ class Table:
         """An HTML table that takes its colours from the page, light or dark."""
         head = []
         if any(c.group for c in self.columns):
-            groups = [
-                (g, len(list(c))) for g, c in itertools.groupby(c.group for c in self.columns)
-            ]
+            groups = (
+                (g, len([*same])) for g, same in itertools.groupby(c.group for c in self.columns)
+            )
             names = (f'<th colspan="{n}" style="{_GROUP}">{escape(g)}</th>' for g, n in groups)
             head.append(f"<tr>{''.join(names)}</tr>")
         titles = (

@@ -223,7 +223,7 @@ def decode(
             fix="cast sam.image_encoder and sam.mask_decoder, and leave sam.prompt_encoder",
         )
     for index, prompt in enumerate(prompts):
-        _check_inside(prompt, embedding.size, index)
+        check_inside(prompt, embedding.size, index)
     groups: dict[tuple[int, bool, bool], list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt.kind, []).append(index)
@@ -374,7 +374,7 @@ def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def _check_inside(prompt: Prompt, size: tuple[int, int], index: int) -> None:
+def check_inside(prompt: Prompt, size: tuple[int, int], index: int) -> None:
     height, width = size
     if prompt.box is not None:
         x0, y0, x1, y1 = prompt.box.tolist()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import _fit
+from ..core._draws import batch
 from ..core.checkpoint import fingerprint
 from ..core.errors import ConfigError, ModelError, NoEffectError
 from ..core.registry import register
@@ -167,9 +168,7 @@ class Objective:
 
     def __call__(self, step: int) -> Mapping[str, Tensor]:
         s = self.settings
-        student, teacher, valid = self._pair(
-            _fit.batch(self.n, s.batch_size, seed=s.seed, step=step)
-        )
+        student, teacher, valid = self._pair(batch(self.n, s.batch_size, seed=s.seed, step=step))
         return {"embedding": embedding_loss(student, teacher, valid, s.loss)}
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Instance, Sample, Skipped, as_dataset
 from ..core.errors import ConfigError, DataError, ShapeError
-from ..core.predict import Embedding, Prediction, Prompt, _check_inside, decode, encode
+from ..core.predict import Embedding, Prediction, Prompt, check_inside, decode, encode
 from .masks import Mask
 from .masks import encode as encode_mask
 from .protocol import Choice, Feedback, Protocol, Target, rounds
@@ -166,8 +166,10 @@ class _Scorer:
     def encode(self, samples: list[Sample]) -> Iterator[tuple[Sample, Embedding]]:
         """Embeddings of the samples that hold something to score and that the model can take."""
         samples = [s for s in samples if any(self.protocols[0].keeps(i) for i in s.instances)]
+        if not samples:
+            return
         try:
-            found = encode(self.model, [s.image for s in samples], batch_size=max(1, len(samples)))
+            found = encode(self.model, [s.image for s in samples], batch_size=len(samples))
         except (DataError, ShapeError) as err:
             if len(samples) > 1:
                 for sample in samples:
@@ -197,7 +199,7 @@ class _Scorer:
             name = f"image {sample.id}, annotation {instance.id}, prompt {protocol.prompt}"
             try:
                 prompt = protocol.rule.start(instance, mask, image_id=sample.id, seed=protocol.seed)
-                _check_inside(prompt, sample.size, 0)
+                check_inside(prompt, sample.size, 0)
             except DataError as err:
                 what = f"annotation {instance.id}"
                 self.skipped[index].append(Skipped(sample.id, what, _reason(err)))

@@ -244,7 +244,7 @@ def _first(rows: list[Row]) -> list[Row]:
 
 
 def _steps(row: Row) -> list[Any]:
-    return (row.get("recipe") or {}).get("steps", [])
+    return list((row.get("recipe") or {}).get("steps", []))
 
 
 def _recipe(row: Row) -> str:

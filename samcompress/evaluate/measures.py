@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import ConfigError, closest
 
 Row = dict[str, Any]
-Value = tuple[float | None, float | None]  # the number and half the width of its interval
+Value = tuple[Any, Any]  # a number and half the width of its interval; None for what is not there
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ def stages(row: Row, rows: list[Row]) -> list[Stage]:
     for k in range(start + 1, len(steps) + 1):
         now = measured.get(_key(steps[:k]), {})
         size = sizes[k - 1] / before if sizes[k - 1] and before else None
-        fast = [speedup(r, base) for r in (now, first) if r]
-        time = fast[1] / fast[0] if len(fast) == 2 and all(fast) else None
-        values = [gain(r)[0] if gain else None for r in (now, first)]
-        miou = values[0] / values[1] if None not in values and values[1] else None
+        fast, before_fast = (speedup(r, base) if r else None for r in (now, first))
+        time = before_fast / fast if fast and before_fast else None
+        good, before_good = (gain(r)[0] if gain else None for r in (now, first))
+        miou = good / before_good if good is not None and before_good else None
         found.append(Stage(steps[k - 1]["type"], size, time, miou))
     return found
 

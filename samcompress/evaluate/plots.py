@@ -245,14 +245,15 @@ def png(figure: Figure) -> bytes:
 def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """The given axes and their figure, or new ones of `size` inches."""
     if ax is not None:
-        return ax.figure, ax
+        figure: Any = ax.figure
+        return figure, ax
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     # Notebooks know figures only through pyplot; this is how an object shows itself without it.
-    figure._repr_png_ = lambda: png(figure)  # type: ignore[attr-defined]
+    figure._repr_png_ = lambda: png(figure)
     return figure, figure.subplots()
 
 

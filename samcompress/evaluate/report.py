@@ -62,7 +62,7 @@ class Report:
     @property
     def rows(self) -> list[Row]:
         """One dictionary for each model and device."""
-        return self.doc["rows"]
+        return list(self.doc["rows"])
 
     @property
     def devices(self) -> list[str]:

@@ -205,7 +205,7 @@ def _crop(array: np.ndarray, window: tuple[int, int, int], tile: int) -> np.ndar
     picked = array[np.clip(rows, 0, height - 1)][:, np.clip(columns, 0, width - 1)].copy()
     picked[(rows < 0) | (rows >= height)] = 0
     picked[:, (columns < 0) | (columns >= width)] = 0
-    return picked
+    return np.asarray(picked)
 
 
 def _paint(
@@ -216,7 +216,7 @@ def _paint(
         tone = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         painted[mask] = 0.35 * painted[mask] + 0.65 * np.array(tone)
     painted[boundary(truth, ratio=0.0)] = 255
-    return painted.astype(np.uint8)
+    return np.asarray(painted, np.uint8)
 
 
 def _draw_prompt(
@@ -227,7 +227,7 @@ def _draw_prompt(
     corner: tuple[int, int],
 ) -> None:
     def place(points: np.ndarray) -> np.ndarray:
-        return (np.reshape(points, (-1, 2)) - window[:2]) * tile / window[2] + corner
+        return np.asarray((points.reshape(-1, 2) - window[:2]) * tile / window[2] + corner)
 
     if prompt.box is not None:
         (x0, y0), (x1, y1) = place(prompt.box)

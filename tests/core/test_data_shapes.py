@@ -9,6 +9,16 @@ from samcompress.core import data
 from samcompress.core.data._shapes_draw import VERSION
 from samcompress.core.errors import ConfigError
 
+# kinds, areas and mean colour of the first two scenes
+KNOWN = [
+    ([2, 2, 2], [2989, 1402, 869], [102.8, 120.4, 158.1]),
+    (
+        [1, 1, 7, 5, 8, 8, 6, 1],
+        [615, 359, 2143, 584, 41, 180, 171, 1784],
+        [88.7, 74.9, 79.8],
+    ),
+]
+
 
 def test_a_scene_depends_on_seed_index_and_size_alone() -> None:
     few, many = data.shapes(3, seed=5, size=64), data.shapes(9, seed=5, size=64)

@@ -80,8 +80,9 @@ def test_a_later_step_that_cannot_run_stops_the_first() -> None:
 
 def test_progress_events_or_silence(capfd: pytest.CaptureFixture[str]) -> None:
     events = []
-    MLP(random_sam(), progress=events.append)
-    assert events
+    taylor = sc.prune.Mlp(ratio=0.5, criterion="taylor", images=2)
+    taylor(random_sam(), data=sc.shapes(2), progress=events.append)
+    assert len(events) == 2
     assert {event.step for event in events} == {"prune.mlp"}
     assert events[-1].done == events[-1].total
     MLP(random_sam(), progress=True)
@@ -166,6 +167,6 @@ def test_interrupt_leaves_the_model_as_it_was() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        MLP(sam, progress=stop)
+        sc.prune.Mlp(ratio=0.5)(sam, data=sc.shapes(2), progress=stop)
     assert fingerprint(sam) == before
     assert sc.lineage(sam) == ()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_sam
 
+import samcompress as sc
 from samcompress.core.errors import ConfigError
 from samcompress.evaluate import devices
 from samcompress.evaluate.devices import Device, device, unavailable
@@ -119,9 +120,9 @@ def test_statistics_by_hand() -> None:
     assert found["samples_ms"] == [1, 2, 3, 4, 5]
 
 
-def test_parts_add_up(trained: torch.nn.Module) -> None:
+def test_parts_add_up() -> None:
     rounds = Rounds(warmup_calls=5, warmup_seconds=0.1, calls=60, seconds=1)
-    times = latency(trained, rounds=rounds, threads=1)
+    times = latency(sc.build("tiny"), rounds=rounds, threads=1)
     least = {part: min(getattr(times, part).samples_ms) for part in PARTS}
     # The fastest calls are the ones nothing else on the machine got into.
     assert least["encoder"] + least["prompt"] == pytest.approx(least["end_to_end"], rel=0.15)
@@ -129,17 +130,21 @@ def test_parts_add_up(trained: torch.nn.Module) -> None:
     assert least["postprocess"] > 0
 
 
+def _note(values: list[float], modes: set[bool], value: float, mode: bool) -> None:
+    values.append(value)
+    modes.add(mode)
+
+
 def test_inputs_change_and_modes_are_restored() -> None:
     sam = random_sam().train()
     pixels, boxes, modes = [], [], set()
     sam.image_encoder.register_forward_pre_hook(
-        lambda m, x: (pixels.append(float(x[0][0, 0, 0, 0])), modes.add(m.training))
-        and None
+        lambda m, x: _note(pixels, modes, float(x[0][0, 0, 0, 0]), m.training)
     )
     sam.prompt_encoder.register_forward_pre_hook(
         lambda m, a, k: boxes.append(float(k["boxes"][0, 0])), with_kwargs=True
     )
-    latency(sam, rounds=FEW)
+    latency(sam, rounds=FEW, threads=1)
     assert all(a != b for a, b in zip(pixels, pixels[1:], strict=False))
     assert all(a != b for a, b in zip(boxes, boxes[1:], strict=False))
     assert modes == {False}
@@ -164,8 +169,8 @@ def test_throughput_and_threads() -> None:
 
 def test_image_sets_the_size_of_pre_and_postprocessing() -> None:
     sam = random_sam()
-    small = latency(sam, image=np.zeros((32, 32, 3), np.uint8), rounds=FEW)
-    big = latency(sam, image=np.zeros((1024, 1024, 3), np.uint8), rounds=FEW)
+    small = latency(sam, image=np.zeros((32, 32, 3), np.uint8), rounds=FEW, threads=1)
+    big = latency(sam, image=np.zeros((1024, 1024, 3), np.uint8), rounds=FEW, threads=1)
     assert big.postprocess.median_ms > 3 * small.postprocess.median_ms
 
 

@@ -206,9 +206,7 @@ def test_agrees_with_torch_pruning() -> None:
     example = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     theirs(example).square().sum().backward()
     graph = tp.DependencyGraph().build_dependency(theirs, example)
-    group = graph.get_pruning_group(
-        theirs.lin1, tp.prune_linear_out_channels, idxs=list(range(96))
-    )
+    group = graph.get_pruning_group(theirs.lin1, tp.prune_linear_out_channels, idxs=list(range(96)))
     settings = {"group_reduction": "mean", "normalizer": None, "bias": False}
     by_size = tp.importance.GroupMagnitudeImportance(p=2, **settings)(group)
     torch.testing.assert_close(magnitude(block), by_size.detach())
@@ -295,7 +293,9 @@ def test_taylor_finds_the_units_that_do_nothing(scenes: sc.Dataset) -> None:
 def test_decoder(scenes: sc.Dataset) -> None:
     sam = random_sam()
     small = run(sam=sam, where=DECODER, ratio=0.5, data=scenes)
-    assert [layer.mlp.lin1.out_features for layer in small.mask_decoder.transformer.layers] == [64] * 2
+    assert [layer.mlp.lin1.out_features for layer in small.mask_decoder.transformer.layers] == [
+        64
+    ] * 2
     assert torch.equal(encode(small), encode(sam))
     names = [f"mask_decoder.transformer.layers.{i}.mlp" for i in range(2)]
     scores = disturbed_taylor(sam, names, scenes, seed=0)
@@ -371,9 +371,7 @@ def test_after_quantisation() -> None:
 
 
 def test_no_mlp() -> None:
-    text = message(
-        errors.NoEffectError, where="image_encoder.blocks.*.attn", criterion="magnitude"
-    )
+    text = message(errors.NoEffectError, where="image_encoder.blocks.*.attn", criterion="magnitude")
     assert text.startswith("prune.mlp matched no module it can act on.")
     assert "MLPBlock" in text
 

@@ -1,0 +1,217 @@
+"""The three parts of a SAM over exported files: predictors and generators see no difference."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core._shapes import expect
+from ..core.errors import BackendError
+from ._graphs import BOTTOM_RIGHT, NO_POINT, PLAIN, TOP_LEFT
+from .backends import BACKENDS, Run
+
+
+class Folder:
+    """A temporary folder that goes when the last module that uses it goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Folder:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process must not remove the folder of this one.
+        return type(None), ()
+
+
+class Exported(nn.Module):
+    """Runs one exported graph; its file is opened at the first call.
+
+    Args:
+        backend: name of the runtime.
+        files: names of the graph's files, the main one first.
+
+    Attributes:
+        artifacts: file name to where the file is.
+    """
+
+    def __init__(self, backend: str, files: Sequence[str]) -> None:
+        super().__init__()
+        self.backend = backend
+        self.files = tuple(files)
+        self.bind(Path())
+
+    @property
+    def artifacts(self) -> dict[str, Path]:
+        """File name to where the file is."""
+        return {name: self.folder / name for name in self.files}
+
+    def bind(self, folder: Path, keep: Folder | None = None) -> None:
+        """Say where the files are.
+
+        Args:
+            folder: holds them.
+            keep: the temporary folder that must live as long as this module does.
+        """
+        self.folder = Path(folder)
+        self.keep = keep
+        self.opened: tuple[int, Run] | None = None
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph with as many threads as torch uses; results are on the CPU.
+
+        Raises:
+            BackendError: if the file is gone or cannot be run.
+        """
+        threads = torch.get_num_threads()
+        if self.opened is None or self.opened[0] != threads:
+            path = self.folder / self.files[0]
+            if not path.is_file():
+                raise BackendError(
+                    "a file of an exported model is gone.",
+                    where=str(path.absolute()),
+                    fix="sc.save(model, folder) keeps a model, sc.load(folder) opens it",
+                )
+            self.opened = None
+            runtime = BACKENDS[self.backend]
+            self.opened = threads, runtime.load(path, device="cpu", threads=threads)
+        return self.opened[1](*(tensor.float() for tensor in inputs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": None}
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.backend}, {', '.join(self.files)}"
+
+
+class ExportedEncoder(Exported):
+    """The image encoder over an exported graph for one image."""
+
+    def __init__(self, backend: str, files: Sequence[str], img_size: int) -> None:
+        super().__init__(backend, files)
+        self.img_size = img_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, S, S) images, one after the other, to (B, C, h, w) float32.
+
+        Raises:
+            ShapeError: if S is not the size that was exported.
+        """
+        expect(x, "B 3 S S", name="image", S=self.img_size)
+        return torch.cat([self.run(image[None])[0] for image in x]).to(x.device)
+
+
+class PackedPrompts(nn.Module):
+    """Prompt encoder of an exported model: packs prompts, which `ExportedDecoder` then embeds.
+
+    Args:
+        pe_layer: segment_anything's position encoding, which predictors ask for.
+        embed_dim: channels C.
+        image_embedding_size: the grid h, w.
+        input_image_size: the padded frame S, S.
+    """
+
+    def __init__(
+        self,
+        pe_layer: nn.Module,
+        embed_dim: int,
+        image_embedding_size: tuple[int, int],
+        input_image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.pe_layer = pe_layer
+        self.embed_dim = embed_dim
+        self.image_embedding_size = image_embedding_size
+        self.input_image_size = input_image_size
+        h, w = image_embedding_size
+        self.mask_input_size = (4 * h, 4 * w)
+
+    def get_dense_pe(self) -> Tensor:
+        """Positional encoding of the grid, (1, C, h, w)."""
+        return self.pe_layer(self.image_embedding_size)[None]
+
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pack P prompts.
+
+        Args:
+            points: (P, N, 2) coordinates and (P, N) labels.
+            boxes: (P, 4) corners.
+            masks: (P, 1, 4h, 4w) logits.
+
+        Returns:
+            (P, N', 3) x, y, label of points, padding point and box corners; (P, 1, 4h, 4w) masks,
+            or no channel at all, (P, 0, 4h, 4w), where there is no mask.
+        """
+        given = [t for t in (points and points[0], boxes, masks) if t is not None]
+        count = given[0].shape[0] if given else 1
+        device = next(self.pe_layer.buffers()).device
+        packed = [torch.zeros(count, 0, 3, device=device)]
+        if points is not None:
+            coords, labels = points[0].float(), points[1].float()
+            # Labels above 1 mean a box only where there is one; here they mean nothing.
+            labels = torch.where(labels.abs() <= 1, labels, PLAIN)
+            packed.append(torch.cat([coords, labels[..., None]], -1))
+            if boxes is None:
+                packed.append(torch.tensor([0, 0, NO_POINT], device=device).expand(count, 1, 3))
+        if boxes is not None:
+            corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=device)
+            corners = corners.view(1, 2, 1).expand(count, 2, 1)
+            packed.append(torch.cat([boxes.float().reshape(-1, 2, 2), corners], -1))
+        if masks is None:
+            masks = torch.zeros(count, 0, *self.mask_input_size, device=device)
+        return torch.cat(packed, 1), masks
+
+
+class ExportedDecoder(Exported):
+    """Prompt encoder and mask decoder over one exported graph."""
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode P packed prompts on one image.
+
+        Args:
+            image_embeddings: (1, C, h, w).
+            image_pe: not used; the graph holds its own.
+            sparse_prompt_embeddings: (P, N, 3) from `PackedPrompts`.
+            dense_prompt_embeddings: (P, 1 or 0, 4h, 4w) from `PackedPrompts`.
+            multimask_output: return the masks of an ambiguous prompt, not the single one.
+
+        Returns:
+            (P, M, 4h, 4w) logits and (P, M) scores, float32.
+
+        Raises:
+            ShapeError: if there is not exactly one image, or prompts come from another encoder.
+        """
+        expect(image_embeddings, "1 C h w", name="image_embeddings")
+        points = sparse_prompt_embeddings
+        count = expect(points, "P N 3", name="sparse_prompt_embeddings")["P"]
+        masks = dense_prompt_embeddings
+        has_mask = masks.shape[1] > 0
+        masks = masks if has_mask else masks.new_zeros(count, 1, *masks.shape[2:])
+        logits, scores = self.run(
+            image_embeddings,
+            points[..., :2],
+            points[..., 2],
+            masks.expand(count, -1, -1, -1),
+            torch.tensor([float(has_mask)]),
+        )
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        device = image_embeddings.device
+        return logits[:, chosen].to(device), scores[:, chosen].to(device)
