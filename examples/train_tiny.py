@@ -5,8 +5,8 @@
 
 Losses and prompts follow SAM (arXiv 2304.02643): a point or a jittered box, then clicks where the
 masks are wrong, with the last mask as a prompt; of three masks only the best learns. A first lesson
-without images teaches what prompts mean, which images alone teach slowly; then everything is trained,
-first with BCE, which starts sooner, later with SAM's focal loss.
+without images teaches what prompts mean, which images alone teach slowly; then everything is
+trained, first with BCE, which starts sooner, later with SAM's focal loss.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def next_click(logits: Tensor, target: Tensor, g: torch.Generator) -> tuple[Tens
 def start() -> Sam:
     """`tiny` with random weights that learn fast.
 
-    Relative positions are not zero, so that they are used; and the waves that encode coordinates are
-    half as short as SAM's, as there are only 16 cells a side.
+    Relative positions are not zero, so that they are used; and the waves that encode coordinates
+    are twice as long as SAM's, as there are only 16 cells a side.
     """
     sam = build("tiny", seed=SEED)
     g = generator(SEED, "positions")
@@ -243,8 +243,8 @@ class Objective:
     Args:
         sam: the model.
         scenes: to learn from.
-        plan: its steps say how far training is: rounds of clicks begin after a quarter, the turn from
-            BCE to focal loss takes the middle third.
+        plan: its steps say how far training is: rounds of clicks begin after a quarter, the turn
+            from BCE to focal loss takes the middle third.
         images: images a step.
         each: instances an image.
     """

@@ -75,7 +75,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return compare
 
 
-def random_sam(**sizes: object) -> torch.nn.Module:
+def random_sam(*, seed: int = 0, **sizes: object) -> torch.nn.Module:
     """A small SAM whose position tables are random too: zero tables hide errors."""
     small = {
         "image_size": 64,
@@ -87,7 +87,7 @@ def random_sam(**sizes: object) -> torch.nn.Module:
         "global_attn_indexes": (1,),
         "out_chans": 32,
     }
-    return randomise(sc.build("tiny", **{**small, **sizes}))
+    return randomise(sc.build("tiny", seed=seed, **{**small, **sizes}))
 
 
 def randomise(sam: torch.nn.Module, seed: int = 1) -> torch.nn.Module:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from cases import CASES, Case
 from conftest import random_sam
-from test_contract import logits
+from test_contract import RUN, logits
 
 import samcompress as sc
 
 FIRST_OF_FAMILY = {case.name.split(".")[0]: case for case in reversed(CASES)}
 ORDERED = sorted(FIRST_OF_FAMILY.values(), key=lambda case: sc.get(case.name, **case.params).phase)
-DATA = sc.shapes(4, seed=3, size=(60, 80))
 
 
 def chain(*cases: Case) -> sc.Pipeline:
@@ -23,11 +22,11 @@ def chain(*cases: Case) -> sc.Pipeline:
 
 
 @pytest.mark.parametrize(
-    "pair", itertools.combinations(ORDERED, 2), ids=lambda pair: f"{pair[0].name}-{pair[1].name}"
+    "pair", list(itertools.combinations(ORDERED, 2)), ids=lambda pair: f"{pair[0].name}-{pair[1].name}"
 )
 def test_pair(pair: tuple[Case, Case], tmp_path: Path) -> None:
     first, second = pair
-    small = chain(first, second)(random_sam(), data=DATA, progress=False)
+    small = chain(first, second)(random_sam(), **RUN)
     assert [s.transform.name for s in sc.lineage(small)] == [first.name, second.name]
     sc.save(small, tmp_path / "small")
     again = sc.load(tmp_path / "small")
@@ -39,7 +38,7 @@ def test_pair(pair: tuple[Case, Case], tmp_path: Path) -> None:
 
 def test_all_families(tmp_path: Path) -> None:
     sam = random_sam()
-    small = chain(*ORDERED)(sam, data=DATA, progress=False)
+    small = chain(*ORDERED)(sam, **RUN)
     assert len(sc.lineage(small)) == len(ORDERED) == 6
     sc.save(small, tmp_path / "small")
     again = sc.load(tmp_path / "small")

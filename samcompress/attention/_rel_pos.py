@@ -63,13 +63,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, limit
     if whole <= limit or axis is None:
         bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias)
-        return out.unflatten(2, q.shape[2:4])
+        return out.reshape(q.shape)
     step = max(1, limit * q.shape[axis] // whole)
-    pieces = zip(
-        q.split(step, axis),
-        *(t.split(step, axis) if axis < 2 else [t] * -(-q.shape[2] // step) for t in (k, v)),
-        rows.split(step, axis),
-        columns.split(step, axis),
-        strict=True,
-    )
-    return torch.cat([attend(*piece, limit) for piece in pieces], axis)
+    pieces = []
+    for start in range(0, q.shape[axis], step):
+        asked, across, down = (_cut(t, axis, start, step) for t in (q, rows, columns))
+        keys = (k, v) if axis == 2 else (_cut(k, axis, start, step), _cut(v, axis, start, step))
+        pieces.append(attend(asked, *keys, across, down, limit))
+    return torch.cat(pieces, axis)
+
+
+def _cut(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    return x.narrow(axis, start, min(length, x.shape[axis] - start))

@@ -14,6 +14,7 @@ from segment_anything.modeling.image_encoder import (
 )
 from torch import Tensor, nn
 
+from ..core.contract import parts
 from ..core.errors import ModelError, NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
@@ -34,6 +35,9 @@ class Fused(Transform, family="attention", phase=30):
     Use it on every ViT SAM that runs in PyTorch: it costs no accuracy and no training. It brings
     most at large image sizes, where the scores of global attention do not fit in the cache, and
     little on small encoders, whose time goes to the linear layers.
+
+    Args:
+        None: there is nothing to choose.
 
     Raises:
         ModelError: if the image encoder has no segment_anything ViT block.
@@ -65,7 +69,8 @@ class Fused(Transform, family="attention", phase=30):
 
     def check(self, model: nn.Module) -> None:
         """Find blocks to replace."""
-        kinds = {type(module) for module in model.image_encoder.modules()}
+        encoder = parts(model).image_encoder
+        kinds = {type(module) for module in encoder.modules()}
         if Block in kinds:
             return
         if FusedBlock in kinds:
@@ -77,15 +82,15 @@ class Fused(Transform, family="attention", phase=30):
         raise ModelError(
             "attention.fused finds no ViT block of segment_anything.",
             where="image_encoder",
-            got=type(model.image_encoder).__name__,
+            got=type(encoder).__name__,
             expected="an encoder made of segment_anything.modeling.image_encoder.Block",
             fix="leave out sc.attention.Fused() for this encoder",
         )
 
     def apply(self, model: nn.Module, ctx: Context) -> State:
         """Replace every ViT block."""
-        blocks = [n for n, m in model.image_encoder.named_modules() if type(m) is Block]
-        return self.rebuild(model, {"blocks": [f"image_encoder.{name}" for name in blocks]})
+        blocks = [n for n, m in model.named_modules() if type(m) is Block]
+        return self.rebuild(model, {"blocks": blocks})
 
     def rebuild(self, model: nn.Module, state: State) -> State:
         """Replace the named blocks; their parts and weights move over."""
@@ -109,7 +114,8 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, h, w, C) tokens to (B, h, w, C)."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class FusedAttention(nn.Module):
@@ -135,29 +141,33 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, h, w, C) tokens to (B, h, w, C)."""
         qkv = self.qkv(x)
-        if not self.window_size:
-            return self.proj(self._heads(qkv))
-        # One row of windows at a time needs no padded copy of the whole map.
-        step = self.window_size if _limit(qkv) == CACHED else x.shape[1]
-        return self.proj(torch.cat([self._windows(part) for part in qkv.split(step, 1)], 1))
+        if self.window_size:
+            # One row of windows at a time needs no padded copy of the whole map.
+            step = self.window_size if _limit(qkv) == CACHED else x.shape[1]
+            mixed = torch.cat([self._windows(part) for part in qkv.split(step, 1)], 1)
+        else:
+            mixed = self._heads(qkv)
+        out: Tensor = self.proj(mixed)
+        return out
 
     def _windows(self, qkv: Tensor) -> Tensor:
         """Attention inside windows: (B, h, w, 3·n·d) to (B, h, w, n·d)."""
         size, inner = self.window_size, tuple(qkv.shape[1:3])
         # Padded tokens take part, with the bias as key and value; trained weights rely on it.
         windows, outer = window_partition(pad(qkv, size, self.qkv.bias), size)
-        return window_unpartition(self._heads(windows), size, outer, inner)
+        whole: Tensor = window_unpartition(self._heads(windows), size, outer, inner)
+        return whole
 
     def _heads(self, qkv: Tensor) -> Tensor:
         """Attention of every head: (B, h, w, 3·n·d) to (B, h, w, n·d)."""
-        split = qkv.unflatten(-1, (3, self.num_heads, -1))
+        split = qkv.reshape(*qkv.shape[:3], 3, self.num_heads, -1)
         q, k, v = split.permute(3, 0, 4, 1, 2, 5).unbind(0)
         k, v = k.flatten(2, 3), v.flatten(2, 3)
         if self.use_rel_pos:
             rows, columns = terms(q, self.rel_pos_h, self.rel_pos_w)
             out = attend(q, k, v, rows, columns, _limit(qkv))
         else:
-            out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v).unflatten(2, q.shape[2:4])
+            out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v).reshape(q.shape)
         return out.permute(0, 2, 3, 1, 4).flatten(3)
 
 

@@ -137,7 +137,8 @@ class PackedPrompts(nn.Module):
 
     def get_dense_pe(self) -> Tensor:
         """Positional encoding of the grid, (1, C, h, w)."""
-        return self.pe_layer(self.image_embedding_size)[None]
+        position: Tensor = self.pe_layer(self.image_embedding_size)
+        return position[None]
 
     def forward(
         self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None

@@ -72,9 +72,10 @@ class PromptDecoder(nn.Module):
             self.mask_downscaling(mask_input),
             self.no_mask,
         )
-        return self.mask_decoder.predict_masks(
+        masks, scores = self.mask_decoder.predict_masks(
             image_embeddings=image_embeddings,
             image_pe=self.image_pe,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
         )
+        return masks, scores

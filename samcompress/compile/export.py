@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core._require import EXTRAS
 from ..core.checkpoint import fingerprint
-from ..core.contract import Parts, device_of, parts
+from ..core.contract import device_of, parts
 from ..core.errors import BackendError, ModelError
 from ..core.files import whole
 from ..core.registry import register
@@ -44,7 +44,7 @@ SEED = 0
 @register
 @dataclass(frozen=True, kw_only=True)
 class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx",)):
-    """Write image encoder and prompt decoder as files of another runtime, and run the SAM from them.
+    """Write image encoder and prompt decoder as files of another runtime, and run from those.
 
     Use it last, to run where PyTorch is slow or absent. The result is still a `Sam`: predictors,
     the mask generator and `sc.evaluate` work on it. Not for a model that is to be changed or
@@ -109,30 +109,31 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
                 expected="those of segment_anything",
             )
 
-    def apply(self, model: nn.Module, ctx: Context) -> State:
+    def apply(self, model: Any, ctx: Context) -> State:
         """Export both halves, compare them with torch, put facades in place of the parts."""
         device = device_of(model)
         eager = parts(model)
         for part in eager:
             part.to("cpu", getattr(torch, self.dtype)).eval()
-        keep = None
-        if ctx.workdir is None:
-            keep = Folder(Path(tempfile.mkdtemp(prefix="samcompress-")))
+        temporary, base = None, ctx.workdir
+        if base is None:
+            base = Path(tempfile.mkdtemp(prefix="samcompress-"))
+            temporary = Folder(base)
         # Named by content, so that no other model's files are ever replaced.
         content = hashlib.sha256(f"{fingerprint(model)}{model}{self!r}".encode()).hexdigest()
-        home = (ctx.workdir or keep.path) / "exported" / f"{self.backend}-{content[:12]}"
+        home = base / "exported" / f"{self.backend}-{content[:12]}"
         with torch.no_grad(), whole(home) as folder:
             folder.mkdir(parents=True)
             state = self._sizes(eager)
             state["files"] = self._write(eager, folder, ctx)
             self.rebuild(model, state)
             _bind(model, folder)
-            state.update(self._compare(eager, parts(model), ctx))
-        _bind(model, home, keep)
+            state.update(self._compare(eager, parts(model)))
+        _bind(model, home, temporary)
         model.prompt_encoder.to(device)
         return state
 
-    def rebuild(self, model: nn.Module, state: State) -> State:
+    def rebuild(self, model: Any, state: State) -> State:
         """Put facades in place of the parts; the files are bound afterwards."""
         model.prompt_encoder = PackedPrompts(
             model.prompt_encoder.pe_layer,
@@ -147,7 +148,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
         model.mask_decoder = ExportedDecoder(state["backend"], files["prompt_decoder"])
         return state
 
-    def _sizes(self, eager: Parts) -> State:
+    def _sizes(self, eager: Any) -> State:
         encoder, prompts, _ = eager
         return {
             "backend": self.backend,
@@ -159,7 +160,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
             "frame": list(prompts.input_image_size),
         }
 
-    def _write(self, eager: Parts, folder: Path, ctx: Context) -> dict[str, list[str]]:
+    def _write(self, eager: Any, folder: Path, ctx: Context) -> dict[str, list[str]]:
         encoder, prompts, decoder = eager
         side, (h, w) = encoder.img_size, prompts.image_embedding_size
         halves = {
@@ -187,7 +188,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
             written[name] = [file.name for file in files]
         return written
 
-    def _compare(self, eager: Parts, exported: Parts, ctx: Context) -> dict[str, Any]:
+    def _compare(self, eager: Any, exported: Any) -> dict[str, Any]:
         """Largest differences from torch, and a few numbers of torch's outputs to check against."""
         tolerance = TOLERANCE[self.dtype]
         errors: dict[str, float] = {}
@@ -209,12 +210,12 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
         return {"tolerance": tolerance, "errors": errors, "reference": reference}
 
 
-def _bind(model: nn.Module, folder: Path, keep: Folder | None = None) -> None:
+def _bind(model: Any, folder: Path, keep: Folder | None = None) -> None:
     model.image_encoder.bind(folder, keep)
     model.mask_decoder.bind(folder, keep)
 
 
-def _outputs(eager: Parts, exported: Parts) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _outputs(eager: Any, exported: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, torch's tensor and the runtime's, for seeded inputs."""
     generator = torch.Generator().manual_seed(SEED)
     side, (h, w) = eager.image_encoder.img_size, eager.prompt_encoder.mask_input_size

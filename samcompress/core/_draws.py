@@ -1,4 +1,4 @@
-"""Randomness as a pure function of keys such as seed and step: nothing to save, nothing to restore."""
+"""Randomness as a pure function of seed and step, so that there is no state to save or restore."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def generator(*keys: object) -> torch.Generator:
 def batch(n: int, size: int, *, seed: int, step: int) -> list[int]:
     """Which of `n` items make up the batch of a step.
 
-    Items come in a new random order each epoch; a batch may reach over the end of one, so every item
-    is seen equally often and every batch is full.
+    Items come in a new random order each epoch; a batch may reach over the end of one, so every
+    item is seen equally often and every batch is full.
 
     Example:
         >>> sorted(batch(6, 3, seed=0, step=0) + batch(6, 3, seed=0, step=1))

@@ -82,6 +82,7 @@ class Run:
         step: steps done, all sessions together.
         resumed: step of the checkpoint this session began with, 0 for none.
         skipped: steps left out because loss or gradient was not finite.
+        total: the summed loss of each step.
         curves: each loss term's value at each step, NaN where a step lacked it.
         seconds: time spent, all sessions together.
     """
@@ -89,13 +90,13 @@ class Run:
     step: int = 0
     resumed: int = 0
     skipped: int = 0
+    total: list[float] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def curve(self, points: int = 50) -> list[float]:
         """The summed loss in at most `points` means over equal stretches, without skipped steps."""
-        total = [sum(v for v in row if v == v) for row in zip(*self.curves.values(), strict=True)]
-        total = [v for v in total if math.isfinite(v)]
+        total = [v for v in self.total if math.isfinite(v)]
         width = max(1, math.ceil(len(total) / points))
         parts = [total[i : i + width] for i in range(0, len(total), width)]
         return [float(f"{sum(p) / len(p):.6g}") for p in parts]
@@ -232,16 +233,11 @@ class _Loop:
         self.model, self.parameters, self.plan, self.parts = model, parameters, plan, parts
         self.run, self.bad = Run(), 0
         kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters.values() if p.ndim > 1]},
             {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = kind(
-            [g for g in groups if g["params"]],
-            lr=plan.lr,
-            betas=plan.betas,
-            weight_decay=plan.weight_decay,
-        )
+        self.optimizer = kind(groups, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
         self.ema = (
             {} if plan.ema is None else {n: p.detach().clone() for n, p in parameters.items()}
         )
@@ -259,12 +255,13 @@ class _Loop:
             total = torch.stack(list(terms.values())).sum()
             norm = total.detach()
             if torch.isfinite(total):
-                total.backward()
+                total.backward()  # type: ignore[no-untyped-call]
                 norm = nn.utils.clip_grad_norm_(
                     self.parameters.values(), math.inf if plan.clip is None else plan.clip
                 )
-        for name in terms.keys() - run.curves.keys():
-            run.curves[name] = [math.nan] * run.step
+        run.total.append(float(total.detach()))
+        for name in terms:
+            run.curves.setdefault(name, [math.nan] * run.step)
         for name, curve in run.curves.items():
             curve.append(float(terms[name].detach()) if name in terms else math.nan)
         if torch.isfinite(norm):
@@ -308,6 +305,7 @@ class _Loop:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
+        tensors["total"] = torch.tensor(self.run.total, dtype=torch.float64)
         for name, curve in self.run.curves.items():
             tensors[f"curve.{name}"] = torch.tensor(curve, dtype=torch.float64)
         facts = {
@@ -355,6 +353,7 @@ class _Loop:
             step=facts["step"],
             skipped=facts["skipped"],
             seconds=facts["seconds"],
+            total=tensors["total"].tolist(),
             curves={
                 k.removeprefix("curve."): v.tolist()
                 for k, v in tensors.items()

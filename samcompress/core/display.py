@@ -363,28 +363,28 @@ def transform_card(transform: Transform) -> str:
 
 def pipeline_card(pipeline: Pipeline) -> str:
     """HTML card of a pipeline: its steps in order, their phase and what they need."""
-    rows = [
-        (i, step.label, _settings(step), step.phase, ", ".join(needs(step)) or "nothing")
-        for i, step in enumerate(pipeline.steps, 1)
-    ]
+    return _card(["<b>Pipeline</b>", steps_table(pipeline).html()])
+
+
+def steps_table(pipeline: Pipeline, *, title: str = "") -> Table:
+    """The steps of a pipeline, their settings and what they need."""
     columns = (
         Column("step"),
         Column("technique", align="left"),
-        Column("settings", align="left"),
         Column("phase"),
+        Column("settings", align="left"),
         Column("needs", align="left"),
     )
-    return _card(["<b>Pipeline</b>", Table(columns, rows).html()])
+    rows = [
+        (i, step.label, step.phase, repr(step).partition("(")[2][:-1], ", ".join(needs(step)))
+        for i, step in enumerate(pipeline, 1)
+    ]
+    return Table(columns, rows, title=title)
 
 
 def needs(step: Transform) -> list[str]:
-    """What a step needs beside the model: data, a teacher, optional packages."""
-    asked = [("data", step.needs_data), ("teacher", step.needs_teacher)]
-    return [name for name, wanted in asked if wanted] + [f"samcompress[{e}]" for e in step.extras]
-
-
-def _settings(step: Transform) -> str:
-    return repr(step).partition("(")[2][:-1]
+    """What a step needs beside the model: data, optional packages."""
+    return ["data"] * step.needs_data + [f"samcompress[{extra}]" for extra in step.extras]
 
 
 def _card(parts: list[str]) -> str:

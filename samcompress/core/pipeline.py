@@ -145,10 +145,10 @@ class Pipeline:
 
             dataset = as_dataset(data)
         for step in self.steps:
-            if step.needs_data and not dataset:
+            if step.needs_data and dataset is None:
                 raise DataError(
                     f"{step.label} needs images.",
-                    got="no data" if dataset is None else "an empty data set",
+                    got="no data",
                     fix="pass data=, e.g. pipe(sam, data=sc.shapes(32))",
                 )
             if step.needs_teacher and consume and teacher is None:

@@ -35,13 +35,13 @@ class Teacher:
     Args:
         model: the teacher; left as it is.
         data: the images.
-        folder: where to keep the embeddings, in safetensors files of `SHARD` images; None for memory.
+        folder: where to keep the embeddings, `SHARD` images a safetensors file; None for memory.
 
     Raises:
-        CheckpointError: if the folder holds embeddings of another teacher, preprocessing or data set.
+        CheckpointError: if the folder holds those of another teacher, preprocessing or data set.
     """
 
-    def __init__(self, model: nn.Module, data: Dataset, folder: Path | None) -> None:
+    def __init__(self, model: Any, data: Dataset, folder: Path | None) -> None:
         self.model, self.data, self.folder = model, data, folder
         self.identity: dict[str, Any] = {
             "teacher": fingerprint(model.image_encoder),
@@ -82,6 +82,7 @@ class Teacher:
     def _embed(self, index: int) -> Tensor:
         sample = self.data[index]
         ready, _ = preprocess(self.model, sample.image)
+        embedding: Tensor
         with torch.no_grad():
             embedding = self.model.image_encoder(ready[None])[0].float()
         largest = float(embedding.abs().max())

@@ -39,38 +39,38 @@ class Encoder(Transform, family="distill", phase=40):
     weights it needs a hundred thousand images; start from a compressed copy instead.
 
     The teacher is the model that entered the pipeline, or ``teacher=``; its input size may differ.
-    Its embeddings are computed once, and with ``workdir=`` kept on disk; then an interrupted run also
-    goes on where its last checkpoint was, bit for bit on the CPU.
+    Its embeddings are computed once, and with ``workdir=`` kept on disk; then an interrupted run
+    also goes on where its last checkpoint was, bit for bit on the CPU.
 
     Args:
-        loss: distance of two embeddings: ``mse``, ``huber``, ``l1``, or ``mse+cos``, which weighs direction
-            more. Only cells that show the image count, not those of the padding.
+        loss: distance of two embeddings: ``mse``, ``huber``, ``l1``, or ``mse+cos``, which weighs
+            direction more. Only cells that show the image count, not those of the padding.
         epochs: how often each image is seen, > 0; 10 as in EdgeSAM's first stage.
         steps: optimiser steps instead of epochs, >= 1; None for epochs.
         batch_size: images a step, >= 1. Small, as it must fit a CPU; 64 is usual on GPUs.
-        lr: highest learning rate of AdamW, > 0, used as given. It rises over 5 % of the steps, then falls
-            along a cosine. For batches of 64 take 1e-3.
+        lr: highest learning rate of AdamW, > 0, used as given. It rises over 5 % of the steps, then
+            falls along a cosine. For batches of 64 take 1e-3.
         weight_decay: of weights; biases and norms have none. >= 0.
         seed: of the order of images.
 
     Raises:
         ConfigError: if a field is out of range, or training diverges.
-        ModelError: if student and teacher differ in embedding channels, or the student is not float32.
-        NoEffectError: if the student's embeddings equal the teacher's already, or nothing can be trained.
+        ModelError: if student and teacher differ in channels, or the student is not float32.
+        NoEffectError: if the student equals the teacher already, or has nothing to train.
         DataError: if an image is damaged or its teacher embedding is not finite.
         CheckpointError: if a cache in ``workdir=`` belongs to another teacher, size or data set.
 
     Effect: the encoder's weights change, nothing else does; size and speed stay as they are. The
-        state tells the loss before and after, so what was won is on record; `sc.evaluate` tells what
-        that means for masks.
+        state tells the loss before and after; `sc.evaluate` tells what that means for masks.
 
-    Composes with: everything before it that changes the encoder's weights or shape (`substitute`, `prune`,
-        `attention`); quantise and export afterwards.
+    Composes with: every step before it that changes the encoder (image size, pruned units,
+        attention); reduce precision and export afterwards.
 
-    Source: MobileSAM, Zhang et al. 2023, arXiv 2306.14289 (Apache-2.0, no training code): MSE on embeddings,
-        decoder copied. EdgeSAM stage 1, Zhou et al. 2023, arXiv 2312.06660 (S-Lab licence, non-commercial;
-        nothing of it is used): valid-region mask, AdamW, cosine, clip 5. We differ in batch size
-        and learning rate, in the other distances, and start from the compressed original.
+    Source: MobileSAM, Zhang et al. 2023, arXiv 2306.14289 (Apache-2.0, no training code): MSE on
+        embeddings, decoder copied. EdgeSAM stage 1, Zhou et al. 2023, arXiv 2312.06660 (S-Lab
+        licence, non-commercial; nothing of it is used): valid-region mask, AdamW, cosine, clip 5.
+        We differ in batch size, learning rate and the choice of distances, and start from the
+        compressed original.
 
     Example:
         >>> import samcompress as sc
@@ -125,7 +125,7 @@ class Encoder(Transform, family="distill", phase=40):
                 f"{self.label} has nothing to learn.",
                 got="a student whose embeddings equal the teacher's already",
                 expected="a step before it that changes the encoder's output",
-                fix="put it after e.g. prune.mlp, or pass teacher=, a better model",
+                fix="teacher=, the model to imitate: without it that is the one that came in",
             )
         images = len(ctx.data)
         steps = self.steps or max(1, round(self.epochs * images / self.batch_size))
@@ -167,6 +167,7 @@ class Objective:
         self.n = len(teacher.data)
 
     def __call__(self, step: int) -> Mapping[str, Tensor]:
+        """The loss of a step's batch."""
         s = self.settings
         student, teacher, valid = self._pair(batch(self.n, s.batch_size, seed=s.seed, step=step))
         return {"embedding": embedding_loss(student, teacher, valid, s.loss)}
@@ -198,7 +199,7 @@ class Objective:
         return student, teacher, torch.stack(cells).to(student.device)
 
 
-def _check_channels(student: nn.Module, teacher: nn.Module) -> None:
+def _check_channels(student: Any, teacher: Any) -> None:
     shapes = [tuple(m.prompt_encoder.get_dense_pe().shape[1:]) for m in (student, teacher)]
     if shapes[0][0] != shapes[1][0]:
         raise ModelError(

@@ -97,7 +97,7 @@ def benchmark(
     data = as_dataset(data)
     job = Job(
         data=data,
-        prompts=tuple(prompts),
+        prompts=() if isinstance(prompts, str) else tuple(prompts),
         accuracy=accuracy,
         latency=latency,
         memory=memory,
@@ -209,7 +209,7 @@ def _check(models: Mapping[str, Model], base: str | None, wanted: Sequence[str],
         raise ConfigError("devices is a list.", got=repr(wanted), expected='("cpu",)')
     for spec in wanted:
         unavailable(spec)
-    if isinstance(job.prompts, str) or not job.prompts:
+    if not job.prompts:
         raise ConfigError("prompts is a list.", got=repr(job.prompts), expected='("box", "point")')
     for prompt in job.prompts:
         Protocol(data=job.data.name, prompt=prompt, **job.protocol)

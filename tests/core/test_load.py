@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 import samcompress as sc
-from samcompress.core import load as load_module
 from samcompress.core._infer import config_from_state
 from samcompress.core.adapters import SHARED, TIED, rename, rules
-from samcompress.core.build import ARCHITECTURES, SamConfig, config_of
+from samcompress.core.build import ARCHITECTURES, config_of
 from samcompress.core.errors import CheckpointError, ModelError
 from samcompress.core.history import history
-from samcompress.core.load import load
+from samcompress.core.load import LICENCES, SHIPPED, load
 
 # The decoder of "tiny" keeps its widths, so that its number of heads is known.
 SMALL: dict[str, Any] = {"image_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -620,6 +619,5 @@ def test_other_objects(sam: Any) -> None:
 
 
 def test_every_shipped_name_is_an_architecture_with_a_licence() -> None:
-    assert set(load_module.SHIPPED) <= set(ARCHITECTURES)
-    assert set(load_module.SHIPPED) <= set(load_module.LICENCES)
-    assert isinstance(ARCHITECTURES["tiny"], SamConfig)
+    assert "tiny" in SHIPPED
+    assert SHIPPED.keys() <= ARCHITECTURES.keys() & LICENCES.keys()

@@ -296,9 +296,9 @@ def test_compare_refuses_unequal_conditions(data: Any, models: dict[str, nn.Modu
     first = benchmark(one, data, **settings)
     with pytest.raises(ConfigError, match="of different data"):
         compare(first, benchmark(one, sc.shapes(3, seed=5, size=48), **settings))
+    boxes, points = (benchmark(one, data, prompts=(p,), **settings) for p in ("box", "center"))
     with pytest.raises(ConfigError, match=r"different protocols[\s\S]*box[\s\S]*center"):
-        boxes = benchmark(one, data, prompts=("box",), **settings)
-        compare(boxes, benchmark(one, data, prompts=("center",), **settings))
+        compare(boxes, points)
     with pytest.raises(ConfigError, match=r"different protocols|different protocol id"):
         compare(first, benchmark(one, data, min_area=1, **settings))
     other = copy.deepcopy(first.doc)

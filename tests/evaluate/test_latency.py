@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -145,8 +146,8 @@ def test_inputs_change_and_modes_are_restored() -> None:
         lambda m, a, k: boxes.append(float(k["boxes"][0, 0])), with_kwargs=True
     )
     latency(sam, rounds=FEW, threads=1)
-    assert all(a != b for a, b in zip(pixels, pixels[1:], strict=False))
-    assert all(a != b for a, b in zip(boxes, boxes[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(pixels))
+    assert all(a != b for a, b in itertools.pairwise(boxes))
     assert modes == {False}
     assert all(module.training for module in sam.modules())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,15 @@ from samcompress.prune._importance import disturbed_taylor, hidden_scores, magni
 
 ENCODER = "image_encoder.blocks.*.mlp"
 DECODER = "mask_decoder.transformer.layers.*.mlp"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Backward passes of tensors this small lose far more to waiting threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,7 @@ def encode(sam: Any) -> torch.Tensor:
         return sam.image_encoder(images)
 
 
-# --- the slice -------------------------------------------------------------------------------------
+# --- the slice ------------------------------------------------------------------------------------
 
 
 def test_removing_a_unit_is_masking_it() -> None:
@@ -186,7 +196,7 @@ def test_global_takes_more_where_less_matters() -> None:
     assert set(range(16)) <= set(kept["image_encoder.blocks.0.mlp"])
 
 
-# --- scores ----------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def test_magnitude_by_hand() -> None:
@@ -314,7 +324,7 @@ def test_at_most_so_many_images_are_read_and_reported(scenes: sc.Dataset) -> Non
     ]
 
 
-# --- what it refuses -------------------------------------------------------------------------------
+# --- what it refuses ------------------------------------------------------------------------------
 
 
 def message(error: type[Exception], **fields: Any) -> str:

@@ -32,14 +32,14 @@ def run(sam: Any = None, **fields: Any) -> Any:
     return sc.quantize.Int8Weights(**{"min_size": 0, **fields})(sam or random_sam(), progress=False)
 
 
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
 def outputs(sam: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Embedding, and logits of a box on it."""
     with torch.no_grad():
-        features = sam.image_encoder(images())
+        features = sam.image_encoder(draw(2, 3, 64, 64))
         sparse, dense = sam.prompt_encoder(
             points=None, boxes=torch.tensor([[5.0, 8.0, 50.0, 40.0]]), masks=None
         )
@@ -63,7 +63,7 @@ def float_twin(sam: Any, small: Any) -> Any:
     return twin
 
 
-# --- codes -----------------------------------------------------------------------------------------
+# --- codes ----------------------------------------------------------------------------------------
 
 
 def test_codes_by_hand() -> None:
@@ -95,7 +95,7 @@ def test_channels_of_nothing_and_next_to_nothing() -> None:
     assert torch.equal(dequantize(codes, scale, torch.float32)[0], torch.zeros(4))
 
 
-# --- layers ----------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -104,7 +104,7 @@ def test_linear_equals_its_float_twin(bias: bool) -> None:
     small = int8_twin(layer)
     assert isinstance(small, Int8Linear)
     small.fill(layer.weight)
-    x = torch.randn(2, 3, 6)
+    x = draw(2, 3, 6)
     weight = small.weight.float() * small.scale[:, None]
     assert torch.equal(small(x), F.linear(x, weight, layer.bias))
     assert (small.bias is not None) is bias
@@ -127,7 +127,7 @@ def test_convolution_equals_its_float_twin(options: dict[str, Any]) -> None:
     small.fill(layer.weight)
     twin = copy.deepcopy(layer)
     twin.weight.data = small.weight.float() * small.scale[:, None, None, None]
-    x = torch.randn(2, 4, 8, 8)
+    x = draw(2, 4, 8, 8)
     assert torch.equal(small(x), twin(x))
     assert "4, 6, kernel_size=" in repr(small)
 
@@ -140,7 +140,7 @@ def test_layers_of_other_kinds_are_left_alone() -> None:
     assert [int8_twin(layer) for layer in others] == [None, None, None]
 
 
-# --- models ----------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def test_model_equals_its_float_twin_and_is_near_the_original() -> None:
@@ -235,7 +235,7 @@ def test_types_survive_moves_and_copies() -> None:
     assert copy.deepcopy(small).to("meta").get_submodule(name).scale.is_meta
     low: Any = copy.deepcopy(small).bfloat16()
     with torch.no_grad():
-        found = low.image_encoder(images().bfloat16())
+        found = low.image_encoder(draw(2, 3, 64, 64).bfloat16())
     assert found.dtype == torch.bfloat16
     expected = outputs(small)[0]
     assert (found.float() - expected).norm() / expected.norm() < 0.03
@@ -267,7 +267,7 @@ def test_exports_to_onnx(tmp_path: Path) -> None:
         assert small is not None
         small.fill(net[index].weight)
         net[index] = small
-    x = torch.randn(1, 3, 16, 16)
+    x = draw(1, 3, 16, 16)
     path = tmp_path / "net.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
@@ -277,7 +277,7 @@ def test_exports_to_onnx(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found), net(x).detach(), rtol=0, atol=1e-5)
 
 
-# --- what it refuses -------------------------------------------------------------------------------
+# --- what it refuses ------------------------------------------------------------------------------
 
 
 def message(error: type[Exception], sam: Any = None, **fields: Any) -> str:

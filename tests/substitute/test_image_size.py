@@ -1,4 +1,4 @@
-"""substitute.image_size: the same model as one built at that size, with tables resized as stated."""
+"""substitute.image_size: the model that would be built at that size, tables resized as stated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encode(sam: Any, size: int) -> torch.Tensor:
         return sam.image_encoder(image.to(sam.image_encoder.pos_embed.dtype))
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("old", "new"), [(16, 8), (12, 5), (8, 16), (7, 7)])
@@ -143,7 +143,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert [step.state for step in sc.lineage(again)] == [{"size": 96}, {"size": 32}]
 
 
-# --- use -------------------------------------------------------------------------------------------
+# --- use ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -173,7 +173,7 @@ def test_predictor_and_generator_on_a_photo(shared: Path, size: int) -> None:
     assert all(mask["segmentation"].shape == (height, width) for mask in found)
 
 
-# --- what it refuses -------------------------------------------------------------------------------
+# --- what it refuses ------------------------------------------------------------------------------
 
 
 def message(error: type[Exception], size: int, sam: Any = None) -> str:

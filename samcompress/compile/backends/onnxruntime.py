@@ -27,8 +27,8 @@ class OnnxRuntime:
     name = "onnxruntime"
     suffix = ".onnx"
     extra = "onnx"
-    devices = ("cpu",)
-    dtypes = ("float32",)
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[str, ...] = ("float32",)
     dynamic_shapes = True
 
     def unavailable(self) -> str | None:
@@ -64,7 +64,7 @@ class OnnxRuntime:
         data = path.with_name(path.name + ".data")
         try:
             with _quiet(), torch.no_grad():
-                program = torch.onnx.export(
+                program: Any = torch.onnx.export(
                     module,
                     example,
                     input_names=options.inputs,
