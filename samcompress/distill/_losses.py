@@ -25,7 +25,7 @@ def valid_cells(input_size: tuple[int, int], side: int, grid: tuple[int, int]) -
     """
     rows, columns = (
         # Cell i has its centre at (i + 0.5) * S / h.
-        max(1, math.ceil(length * cells / side - 0.5))
+        max(1, math.floor(length * cells / side + 0.5))
         for length, cells in zip(input_size, grid, strict=True)
     )
     valid = torch.zeros(1, *grid)

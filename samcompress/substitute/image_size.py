@@ -33,9 +33,9 @@ class ImageSize(Transform, family="substitute", phase=10):
         ModelError: if the image encoder is not a ViT of segment_anything's kind.
 
     Effect:
-        ``vit_b`` from 1024 to 512 pixels: encoder 486 to 103 GMAC, low-resolution masks
-        128 x 128 instead of 256 x 256, parameters 93.7 to 91.3 million (shorter position tables).
-        The method card has times and the loss of accuracy of ``tiny``.
+        ``vit_b`` from 1024 to 512 pixels: encoder 486 to 114 GMAC and 0.15 of the time on a CPU,
+        decoder 0.29 of the time, low-resolution masks 128 x 128 instead of 256 x 256, parameters
+        93.7 to 91.3 million (shorter position tables).
 
     Composes with:
         Comes before every other technique. Pruning scores, embeddings for distillation and exported

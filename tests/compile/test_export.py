@@ -231,7 +231,7 @@ def test_saved_copied_and_damaged(chain: tuple[nn.Module, nn.Module], tmp_path: 
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(sc.errors.CheckpointError, match="prompt_decoder.onnx"):
+    with pytest.raises(sc.errors.CheckpointError, match=r"prompt_decoder\.onnx"):
         sc.load(folder)
 
 
@@ -376,7 +376,7 @@ def test_other_decoders_are_an_error() -> None:
 
 
 def test_settings() -> None:
-    with pytest.raises(sc.errors.ConfigError, match="compile.export: backend has a value"):
+    with pytest.raises(sc.errors.ConfigError, match=r"compile\.export: backend has a value"):
         sc.compile.Export(backend="openvino")
-    with pytest.raises(sc.errors.ConfigError, match="compile.export: dtype has a value"):
+    with pytest.raises(sc.errors.ConfigError, match=r"compile\.export: dtype has a value"):
         sc.compile.Export(dtype="bfloat16")

@@ -71,8 +71,11 @@ class OnnxRuntime:
                     output_names=options.outputs,
                     dynamic_shapes=shapes,
                     dynamo=True,
+                    optimize=False,
                     verbose=False,
                 )
+                optimizer = require("onnxscript.optimizer", extra=self.extra, purpose=self.name)
+                optimizer.optimize_ir(program.model, should_fold=_may_fold)
                 _tidy(program.model.graph)
                 program.save(str(path), external_data=large)
         except Exception as err:
@@ -134,6 +137,12 @@ def _quiet() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+def _may_fold(node: Any) -> bool | None:
+    """Keep integer weights as they are: folded, they would be stored as floats. Else as usual."""
+    kinds = [value.dtype.name for value in node.inputs if value is not None and value.dtype]
+    return False if "INT8" in kinds else None
 
 
 def _tidy(graph: Any) -> None:
