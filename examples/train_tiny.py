@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samcompress.core import _fit
@@ -145,11 +145,13 @@ def next_click(logits: Tensor, target: Tensor, g: torch.Generator) -> tuple[Tens
 # ------------------------------------------------------------------------------- model and loss
 
 
-def start() -> Sam:
+def start(scenes: Scenes) -> Sam:
     """`tiny` with random weights that learn fast.
 
-    Relative positions are not zero, so that they are used; and the waves that encode coordinates
-    are twice as long as SAM's, as there are only 16 cells a side.
+    Relative positions are not zero, so that they are used. The waves that encode coordinates are
+    twice as long as SAM's, as there are only 16 cells a side. Patches are embedded by their
+    principal components, whitened in part: fine detail counts from the beginning, which halves the
+    steps that the lesson on pixels needs.
     """
     sam = build("tiny", seed=SEED)
     g = generator(SEED, "positions")
@@ -158,6 +160,15 @@ def start() -> Sam:
         for name, p in sam.image_encoder.named_parameters():
             if "rel_pos" in name or name == "pos_embed":
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02)
+        stem = sam.image_encoder.patch_embed.proj
+        side, width = stem.kernel_size[0], stem.out_channels
+        images = (scenes.images[:1000].float() - sam.pixel_mean) / sam.pixel_std
+        patches = F.unfold(images, side, stride=side).mT.flatten(0, 1)
+        values, vectors = torch.linalg.eigh(patches.T.cov())
+        values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+        weight = (vectors / values.sqrt() * (values / values[0]) ** 0.2).T
+        stem.weight.copy_(weight.view(stem.weight.shape))
+        stem.bias.copy_(-weight @ patches.mean(0))
     return sam
 
 
@@ -210,7 +221,7 @@ def terms(logits: Tensor, scores: Tensor, target: Tensor, focus: float) -> dict[
 
 
 class Geometry:
-    """First lesson, without images: what a box and a point mean. Prompt encoder and decoder alone.
+    """First lesson, without images: what a box and a point mean.
 
     The target is the ellipse in a drawn box; of a point it is one of any size around it, which the
     three masks share out between small, middle and large.
@@ -237,25 +248,61 @@ class Geometry:
         return terms(logits, scores, target, 0.0)
 
 
-class Objective:
-    """The loss of a step: images, prompts and rounds are drawn from the step's own generator.
+class Pixels(nn.Module):
+    """Second lesson, without prompts: which pixels belong together.
+
+    A small head that is thrown away looks at the features of one pixel, and has to find the other
+    pixels of its object among the upscaled features. Object and rest weigh the same: at the
+    beginning, the easiest mask would be the empty one.
+    """
+
+    def __init__(self, sam: Sam, scenes: Scenes, *, images: int = 8, each: int = 12) -> None:
+        super().__init__()
+        self.sam, self.scenes, self.images, self.each = sam, scenes, images, each
+        coarse = sam.prompt_encoder.embed_dim
+        fine = coarse // 8
+        self.head = nn.Sequential(nn.Linear(coarse + fine, 64), nn.ReLU(), nn.Linear(64, fine))
+        with torch.no_grad():
+            for p in self.head.parameters():
+                g = generator(SEED, "head", p.shape)
+                p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
+
+    def loss(self, step: int) -> Mapping[str, Tensor]:
+        """The loss of a step."""
+        g = generator(SEED, "pixels", step)
+        chosen = batch(len(self.scenes.images), self.images, seed=SEED, step=step)
+        images, target, _ = self.scenes.draw(chosen, self.each, g)
+        coarse = self.sam.image_encoder(self.sam.preprocess(images))
+        fine = self.sam.mask_decoder.output_upscaling(coarse)
+        point = (point_in((target >= 0.5).float(), g) + 0.5).long() // 2
+        owner = torch.arange(self.images).repeat_interleave(self.each)
+        x, y = point.clamp(0, target.shape[-1] - 1).T
+        seen = torch.cat([fine[owner, :, y, x], coarse[owner, :, y // 4, x // 4]], 1)
+        logits = torch.einsum("pc,pchw->phw", self.head(seen), fine[owner])
+        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        inside, outside = (t.sum((1, 2), keepdim=True).clamp(min=1) for t in (target, 1 - target))
+        return {"pixels": (bce * (target / inside + (1 - target) / outside)).sum((1, 2)).mean()}
+
+
+class Prompts:
+    """The real thing: images, prompts and rounds are drawn from the step's own generator.
 
     Args:
         sam: the model.
         scenes: to learn from.
         plan: its steps say how far training is: rounds of clicks begin after a quarter, the turn
-            from BCE to focal loss takes the middle third.
+            from BCE to focal loss takes the middle third. None for neither.
         images: images a step.
         each: instances an image.
     """
 
     def __init__(
-        self, sam: Sam, scenes: Scenes, plan: _fit.Plan, *, images: int = 6, each: int = 8
+        self, sam: Sam, scenes: Scenes, plan: _fit.Plan | None, *, images: int = 6, each: int = 8
     ) -> None:
         self.sam, self.scenes, self.plan, self.images, self.each = sam, scenes, plan, images, each
 
     def __call__(self, step: int) -> Mapping[str, Tensor]:
-        sam, done = self.sam, step / self.plan.steps
+        sam, done = self.sam, step / self.plan.steps if self.plan else 0.0
         focus = min(max(3 * done - 1, 0.0), 1.0)
         g = generator(SEED, "prompts", step)
         chosen = batch(len(self.scenes.images), self.images, seed=SEED, step=step)
@@ -300,18 +347,26 @@ class Objective:
 def train(args: argparse.Namespace) -> None:
     """Train, or go on from the checkpoints in the work folder."""
     args.work.mkdir(parents=True, exist_ok=True)
-    sam = start()
-    parts = ("prompt_encoder", "mask_decoder")
-    plan = _fit.Plan(steps=600, lr=3e-3, warmup=0.03, clip=1.0, seed=SEED)
-    run(sam, Geometry(sam), plan, parts, args.work / "geometry.safetensors")
-    scenes = Scenes.make(args.scenes, SEED, sam.image_encoder.img_size, args.work / "scenes")
-    plan = _fit.Plan(
-        steps=args.steps, lr=2e-3, weight_decay=0.02, warmup=0.04, clip=1.0, ema=0.998, seed=SEED
-    )
-    run(sam, Objective(sam, scenes, plan), plan, ("",), args.work / "train.safetensors")
+    scenes = Scenes.make(args.scenes, SEED, 128, args.work / "scenes")
+    sam = start(scenes)
+    pixels = Pixels(sam, scenes)
+    decoder = ("sam.prompt_encoder", "sam.mask_decoder")
+    encoder = ("sam.image_encoder", "sam.mask_decoder.output_upscaling", "head")
+    common = {"warmup": 0.04, "weight_decay": 0.02, "clip": 1.0, "seed": SEED}
+    last = _fit.Plan(steps=args.steps, lr=1e-3, ema=0.998, **common)
+    lessons = {
+        "geometry": (Geometry(sam), _fit.Plan(steps=600, lr=3e-3, **common), decoder),
+        "pixels": (pixels.loss, _fit.Plan(steps=1000, lr=2e-3, **common), encoder),
+        "decoder": (Prompts(sam, scenes, None), _fit.Plan(steps=700, lr=2e-3, **common), decoder),
+        "train": (Prompts(sam, scenes, last), last, ("sam",)),
+    }
+    for name, (loss, plan, parts) in lessons.items():
+        run(pixels, loss, plan, parts, args.work / f"{name}.safetensors")
 
 
-def run(sam: Sam, loss: _fit.Loss, plan: _fit.Plan, parts: tuple[str, ...], place: Path) -> None:
+def run(
+    model: nn.Module, loss: _fit.Loss, plan: _fit.Plan, parts: tuple[str, ...], place: Path
+) -> None:
     """One stretch of training, its losses logged every 50 steps."""
     recent: list[dict[str, float]] = []
 
@@ -325,13 +380,15 @@ def run(sam: Sam, loss: _fit.Loss, plan: _fit.Plan, parts: tuple[str, ...], plac
             recent.clear()
         return found
 
-    _fit.fit(sam, told, plan, parts=parts, checkpoint=place, progress=Progress(True, "tiny"))
+    _fit.fit(model, told, plan, parts=parts, checkpoint=place, progress=Progress(True, "tiny"))
 
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights reached so far, as float16."""
     weights = _fit.trained(args.work / "train.safetensors")
-    save_file({k: v.half().contiguous().numpy() for k, v in weights.items()}, args.to)
+    save_file(
+        {k.removeprefix("sam."): v.half().contiguous().numpy() for k, v in weights.items()}, args.to
+    )
 
 
 def main() -> None:
@@ -339,7 +396,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("train", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of scenes and checkpoint")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--to", type=Path, default=Path("samcompress/core/tiny/model.safetensors"))
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """samcompress: make Segment Anything Models small and fast, and prove it.
 
-``import samcompress as sc``; then ``sc.load`` a SAM, chain techniques with ``|``, call the chain on the
-model, and let ``sc.evaluate`` measure what it cost and won.
+``import samcompress as sc``; then ``sc.load`` a SAM, chain techniques with ``|``, call the chain on
+the model, and let ``sc.evaluate`` measure what it cost and won.
 """
 
 from . import attention, compile, distill, evaluate, prune, quantize, substitute  # noqa: A004

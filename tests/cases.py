@@ -28,7 +28,12 @@ class Case:
 
 
 CASES = (
-    Case("substitute.image_size", {"size": 32}, shrinks=("parameters", "bytes"), twice="NoEffectError"),
+    Case(
+        "substitute.image_size",
+        {"size": 32},
+        shrinks=("parameters", "bytes"),
+        twice="NoEffectError",
+    ),
     Case("prune.mlp", {"ratio": 0.5}, shrinks=("parameters", "bytes")),
     Case("attention.fused", exact=1e-4, twice="NoEffectError"),
     Case("distill.encoder", {"steps": 3, "batch_size": 2}),

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,7 +137,9 @@ def test_technique_is_documented(name: str) -> None:
     assert -1 not in places, f"{name} lacks {SECTIONS[places.index(-1)]}"
     assert places == sorted(places)
     assert re.search(r"arXiv|https://", doc)
-    assert name in (getattr(sc, family).__doc__ or "") or cls.__name__ in getattr(sc, family).__doc__
+    assert (
+        name in (getattr(sc, family).__doc__ or "") or cls.__name__ in getattr(sc, family).__doc__
+    )
     card = PACKAGE.parent / "docs" / "methods" / family / f"{short}.md"
     assert card.is_file(), f"{name} has no card"
 

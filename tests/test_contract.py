@@ -21,7 +21,11 @@ from samcompress.core.checkpoint import fingerprint
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # A teacher of other weights: a student that equals its teacher has nothing to learn.
-RUN = {"data": sc.shapes(4, seed=3, size=(60, 80)), "teacher": random_sam(seed=5), "progress": False}
+RUN = {
+    "data": sc.shapes(4, seed=3, size=(60, 80)),
+    "teacher": random_sam(seed=5),
+    "progress": False,
+}
 PROMPTS = [sc.Prompt(points=[[20, 30]]), sc.Prompt(box=[5, 8, 60, 50])]
 
 

@@ -22,7 +22,9 @@ def chain(*cases: Case) -> sc.Pipeline:
 
 
 @pytest.mark.parametrize(
-    "pair", list(itertools.combinations(ORDERED, 2)), ids=lambda pair: f"{pair[0].name}-{pair[1].name}"
+    "pair",
+    list(itertools.combinations(ORDERED, 2)),
+    ids=lambda pair: f"{pair[0].name}-{pair[1].name}",
 )
 def test_pair(pair: tuple[Case, Case], tmp_path: Path) -> None:
     first, second = pair
@@ -46,6 +48,4 @@ def test_all_families(tmp_path: Path) -> None:
     steps = [s.transform for s in sc.lineage(again)]
     assert sc.Pipeline(steps) == chain(*ORDERED)
     facts = [s.facts for s in sc.lineage(again)]
-    assert all(
-        earlier["after"] == later["before"] for earlier, later in itertools.pairwise(facts)
-    )
+    assert all(earlier["after"] == later["before"] for earlier, later in itertools.pairwise(facts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ class Progress:
         self, items: Iterable[T], *, label: str = "", total: int | None = None
     ) -> Iterator[T]:
         """Yield the items while showing how far along they are."""
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         if callable(self.mode):
             for done, item in enumerate(items, 1):

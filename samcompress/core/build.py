@@ -122,12 +122,8 @@ class SamConfig:
 
 ARCHITECTURES: dict[str, SamConfig] = {
     "vit_b": SamConfig(),
-    "vit_l": SamConfig(
-        embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)
-    ),
-    "vit_h": SamConfig(
-        embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)
-    ),
+    "vit_l": SamConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)),
+    "vit_h": SamConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)),
     "tiny": SamConfig(
         image_size=128,
         patch_size=8,
@@ -231,7 +227,7 @@ def config_of(sam: nn.Module) -> SamConfig:
         raise ModelError(
             "the sizes of this model cannot be read off it.",
             got=f"{type(sam).__name__}: {err}",
-            expected="a segment_anything Sam with its own image encoder, prompt encoder and decoder",
+            expected="a segment_anything Sam with its own three parts",
             fix="start from sc.build or sc.load, and let samcompress make the changes",
         ) from err
     with torch.device("meta"):

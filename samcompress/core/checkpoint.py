@@ -1,8 +1,8 @@
 """Saving and loading any chain: safetensors and JSON, never a pickle.
 
-A folder holds ``model.safetensors``, ``samcompress.json`` (base sizes, steps with their states, hashes),
-a ``README.md`` card, and the files of an exported model under ``artifacts/``. Loading builds the base,
-replays what each step did to the shapes, and then pours the weights in.
+A folder holds ``model.safetensors``, ``samcompress.json`` (base sizes, steps with their states,
+hashes), a ``README.md`` card, and the files of an exported model under ``artifacts/``. Loading
+builds the base, replays what each step did to the shapes, and then pours the weights in.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
             "this model cannot be saved: its shapes could not be made again.",
             got="a SAM with modules that no recorded step put there",
             expected="a plain SAM, or one changed by samcompress steps alone",
-            fix="start from sc.build or sc.load; a change of your own can be a registered Transform",
+            fix="start from sc.build or sc.load; make a change of your own a Transform",
         )
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_ours(folder)):
@@ -74,7 +74,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
             shutil.copyfile(source, target)
             files[f"artifacts/{name}"] = target
         document = _document(model, record, files)
-        (temporary / RECORD).write_text(json.dumps(document, indent=1) + "\n")
+        (temporary / RECORD).write_text(json.dumps(document) + "\n")
         (temporary / "README.md").write_text(_card(model, record))
 
 
@@ -96,17 +96,7 @@ def load_folder(folder: str | Path, *, device: str | torch.device = "cpu") -> nn
     record = _record(document, folder)
     model: nn.Module = record.base.config.build(empty=True)  # type: ignore[union-attr]
     for step in record.steps:
-        try:
-            step.transform.rebuild(model, step.state)
-        except SamCompressError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as err:
-            raise CheckpointError(
-                f"step {step.transform.label} could not be replayed.",
-                where=str(folder / RECORD),
-                got=f"{type(err).__name__}: {err}",
-                expected="the state that this step wrote",
-            ) from err
+        _replay(step, model, folder)
     for module in model.modules():
         if getattr(module, "artifacts", None):
             module.bind(folder / "artifacts")  # type: ignore[operator]
@@ -130,7 +120,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / RECORD
     try:
-        document = json.loads(path.read_text())
+        document: dict[str, Any] = json.loads(path.read_text())
         newer = document["format"] > FORMAT
         document["base"], document["steps"], document["files"], document["pixel_dtype"]
     except (OSError, ValueError, KeyError, TypeError) as err:
@@ -283,6 +273,20 @@ def _record(document: dict[str, Any], folder: Path) -> History:
             expected="what sc.save wrote",
         ) from err
     return History(base, steps)
+
+
+def _replay(step: Step, model: nn.Module, folder: Path) -> None:
+    try:
+        step.transform.rebuild(model, step.state)
+    except SamCompressError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as err:
+        raise CheckpointError(
+            f"step {step.transform.label} could not be replayed.",
+            where=str(folder / RECORD),
+            got=f"{type(err).__name__}: {err}",
+            expected="the state that this step wrote",
+        ) from err
 
 
 def _check_file(path: Path, facts: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -37,7 +38,7 @@ class PromptEncoder(Protocol):
 
 @runtime_checkable
 class MaskDecoder(Protocol):
-    """An image embedding and prompt embeddings to ``(P, M, 4h, 4w)`` logits and ``(P, M)`` scores."""
+    """Image and prompt embeddings to ``(P, M, 4h, 4w)`` logits and ``(P, M)`` scores."""
 
     def __call__(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Decode P prompts on one image."""
@@ -112,8 +113,7 @@ def check_sam(model: object) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model is; the CPU if it holds no tensor."""
-    tensor = next(model.parameters(), None)
-    tensor = next(model.buffers(), None) if tensor is None else tensor
+    tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 

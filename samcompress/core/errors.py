@@ -43,7 +43,9 @@ class SamCompressError(Exception):
 
     def __str__(self) -> str:
         parts = {"where": self.where, "got": self.got, "expected": self.expected, "try": self.fix}
-        return "\n".join([self.what] + [f"  {k:<8}  {v}" for k, v in parts.items() if v is not None])
+        return "\n".join(
+            [self.what] + [f"  {k:<8}  {v}" for k, v in parts.items() if v is not None]
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), dict(self.__dict__))

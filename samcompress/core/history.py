@@ -60,7 +60,7 @@ class History:
 
 def history(model: nn.Module) -> History:
     """The model's record; made from its modules if it has none yet."""
-    found = model.__dict__.get(_ATTRIBUTE)
+    found: History | None = model.__dict__.get(_ATTRIBUTE)
     if found is not None:
         return found
     try:

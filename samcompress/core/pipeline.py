@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import time
@@ -44,9 +45,7 @@ class Pipeline:
         sc.prune.Mlp(ratio=0.5, criterion='magnitude') | sc.quantize.Int8Weights()
     """
 
-    def __init__(
-        self, steps: Iterable[Transform | Pipeline], *, any_order: bool = False
-    ) -> None:
+    def __init__(self, steps: Iterable[Transform | Pipeline], *, any_order: bool = False) -> None:
         flat: list[Transform] = []
         for step in steps:
             if isinstance(step, Pipeline):
@@ -63,7 +62,7 @@ class Pipeline:
                 )
         if not flat:
             raise ConfigError("a pipeline has no step.", fix="sc.list_transforms() names them all")
-        self.steps = tuple(flat)
+        self.steps: tuple[Transform, ...] = tuple(flat)
         self.any_order = any_order
         self._check_order(())
 
@@ -92,7 +91,7 @@ class Pipeline:
             device: where to work; by default where the model is.
             progress: True for bars on a terminal or notebook, False for silence, or a callable.
             consume: reuse the caller's model instead of copying it, to save memory.
-            workdir: folder for caches, training checkpoints (resumed if present) and exported files.
+            workdir: folder for caches, checkpoints of training (resumed from) and exported files.
 
         Returns:
             A model of the same class; `lineage` tells what was done.
@@ -134,8 +133,7 @@ class Pipeline:
             The data as a `Dataset`, or None.
 
         Raises:
-            OrderError, DataError, MissingDependencyError, ConfigError, NoEffectError, ModelError: see
-                the text.
+            SamCompressError: what the first step that cannot run says.
         """
         check_sam(model)
         self._check_order(lineage(model))
@@ -164,7 +162,7 @@ class Pipeline:
 
     def _check_order(self, before: tuple[Step, ...]) -> None:
         chain = [entry.transform for entry in before] + list(self.steps)
-        for index, (first, second) in enumerate(zip(chain, chain[1:], strict=False)):
+        for index, (first, second) in enumerate(itertools.pairwise(chain)):
             place = f"step {index + 1} and step {index + 2}"
             if before:
                 place += ", counting the steps the model already went through"
@@ -183,8 +181,6 @@ class Pipeline:
                     expected=f"{second.label} before {first.label}",
                     fix=f"{second.label} | {first.label}, or Pipeline([...], any_order=True)",
                 )
-
-    # --- recipes -----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -268,8 +264,6 @@ class Pipeline:
             except yaml.YAMLError as err:
                 raise ConfigError("the recipe is not YAML.", where=where, got=str(err)) from err
         return cls.from_json(text, where=where)
-
-    # --- values ------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.steps)

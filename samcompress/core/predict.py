@@ -1,7 +1,7 @@
 """From images and prompts to masks, for batches of images and ragged prompts.
 
-Gives what `segment_anything.SamPredictor` gives for one image and one prompt at a time. Prompts of one
-image are decoded together where they have the same number of points and the same kinds: padding
+Gives what `segment_anything.SamPredictor` gives for one image and one prompt at a time. Prompts of
+one image are decoded together where they have the same number of points and the same kinds: padding
 points would be tokens that the others attend to, and so would change the masks.
 """
 
@@ -16,7 +16,7 @@ import torch
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
-from .contract import check_sam, device_of, dtype_of
+from .contract import device_of, dtype_of, parts
 from .errors import ConfigError, DataError, ModelError, ShapeError
 
 
@@ -56,15 +56,13 @@ class Prompt:
             ("mask", _array("mask", self.mask, (1, -1, -1))),
         ):
             object.__setattr__(self, name, value)
-        if points is None and self.box is None and self.mask is None:
+        if points is None and labels is None and self.box is None and self.mask is None:
             raise ConfigError("a prompt asks nothing.", expected="points, a box or a mask")
-        if (points is None) != (labels is None) or (
-            points is not None and len(points) != len(labels)
-        ):
+        numbers = [0 if a is None else len(a) for a in (points, labels)]
+        if numbers[0] != numbers[1]:
             raise ShapeError(
                 "points and labels of a prompt differ in number.",
-                got=f"{0 if points is None else len(points)} points, "
-                f"{0 if labels is None else len(labels)} labels",
+                got=f"{numbers[0]} points, {numbers[1]} labels",
             )
         if points is not None and len(points) == 0:
             raise ConfigError("a prompt has an empty list of points.", fix="leave out points=")
@@ -146,7 +144,8 @@ def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, 
             expected="uint8, 0 to 255",
             fix="scale it to 0...255 and use .astype(np.uint8)",
         )
-    side = model.image_encoder.img_size
+    sam: Any = model
+    side = sam.image_encoder.img_size
     height, width = ResizeLongestSide.get_preprocess_shape(*image.shape[:2], side)
     if min(height, width) == 0:
         raise ShapeError(
@@ -156,7 +155,7 @@ def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, 
         )
     resized = ResizeLongestSide(side).apply_image(image)
     tensor = torch.as_tensor(resized, device=device_of(model)).permute(2, 0, 1)
-    return model.preprocess(tensor).to(dtype_of(model.image_encoder)), (height, width)
+    return sam.preprocess(tensor).to(dtype_of(sam.image_encoder)), (height, width)
 
 
 def encode(
@@ -172,14 +171,14 @@ def encode(
     Returns:
         One `Embedding` an image, in order.
     """
-    check_sam(model)
+    image_encoder = parts(model).image_encoder
     found: list[Embedding] = []
     images = list(images)
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             ready = [preprocess(model, image) for image in batch]
-            features = model.image_encoder(torch.stack([tensor for tensor, _ in ready]))
+            features = image_encoder(torch.stack([tensor for tensor, _ in ready]))
             found += [
                 Embedding(features[i : i + 1], ready[i][1], tuple(np.shape(image)[:2]))
                 for i, image in enumerate(batch)
@@ -214,12 +213,12 @@ def decode(
         DataError: if a box or point lies entirely outside the image.
         ModelError: if the prompt encoder is not in float32.
     """
-    check_sam(model)
-    if dtype_of(model.prompt_encoder) != torch.float32:
+    prompt_encoder: Any = parts(model).prompt_encoder
+    if dtype_of(prompt_encoder) != torch.float32:
         raise ModelError(
             "segment_anything's prompt encoder computes in float32 only.",
             where="prompt_encoder",
-            got=dtype_of(model.prompt_encoder),
+            got=dtype_of(prompt_encoder),
             fix="cast sam.image_encoder and sam.mask_decoder, and leave sam.prompt_encoder",
         )
     for index, prompt in enumerate(prompts):
@@ -239,7 +238,7 @@ def decode(
                     logits[index], scores[index] = low[row].float().cpu(), score[row].float().cpu()
                     masks[index] = full[row]
     if not prompts:
-        h, w = model.prompt_encoder.mask_input_size
+        h, w = prompt_encoder.mask_input_size
         count = 3 if multimask else 1
         none = torch.zeros(0, count)
         full = torch.zeros(0, count, *embedding.size, dtype=torch.bool)
@@ -335,18 +334,19 @@ def _run(
             )
     sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=masks)
     decoder_type = dtype_of(model.mask_decoder)
-    return model.mask_decoder(
+    logits, scores = model.mask_decoder(
         image_embeddings=embedding.features.to(decoder_type),
         image_pe=model.prompt_encoder.get_dense_pe().to(decoder_type),
         sparse_prompt_embeddings=sparse.to(decoder_type),
         dense_prompt_embeddings=dense.to(decoder_type),
         multimask_output=multimask,
     )
+    return logits, scores
 
 
 def _full_size(model: Any, low: Tensor, embedding: Embedding) -> Tensor:
-    full = model.postprocess_masks(low.float(), embedding.input_size, embedding.size)
-    return (full > model.mask_threshold).cpu()
+    full: Tensor = model.postprocess_masks(low.float(), embedding.input_size, embedding.size)
+    return (full > float(model.mask_threshold)).cpu()
 
 
 def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -375,6 +375,16 @@ def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def check_inside(prompt: Prompt, size: tuple[int, int], index: int) -> None:
+    """Check that a prompt asks about a place in its image.
+
+    Args:
+        prompt: the prompt.
+        size: height H and width W of the image.
+        index: the prompt's place in its list, for the error.
+
+    Raises:
+        DataError: if a point or the whole box lies outside.
+    """
     height, width = size
     if prompt.box is not None:
         x0, y0, x1, y1 = prompt.box.tolist()

@@ -100,6 +100,6 @@ def _load_plugins() -> None:
     for point in entry_points(group=GROUP):
         try:
             point.load()
-        except Exception as err:  # noqa: BLE001 - a plug-in may fail in any way; we name it and go on
+        except Exception as err:  # noqa: PERF203 - a plug-in may fail in any way; we go on
             _failed[point.name] = f"{type(err).__name__}: {err}"
             log.warning("entry point %s (%s) could not be loaded: %s", point.name, point.value, err)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 
@@ -14,7 +16,9 @@ def parameter_count(module: nn.Module) -> int:
 def tensor_bytes(module: nn.Module) -> int:
     """Bytes of all weights and buffers, each tensor once, and of the files of an exported model."""
     tensors = (*module.parameters(), *module.buffers())
-    files = {f for m in module.modules() for f in getattr(m, "artifacts", {}).values()}
+    files: set[Path] = set()
+    for part in module.modules():
+        files.update(getattr(part, "artifacts", {}).values())
     stored = {_key(t): t.numel() * t.element_size() for t in tensors}
     return sum(stored.values()) + sum(f.stat().st_size for f in files)
 

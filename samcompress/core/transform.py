@@ -32,11 +32,11 @@ class Context:
 
     Attributes:
         step: name of the step, for messages.
-        teacher: the model that entered the pipeline, or the one given as ``teacher=``; never changed.
+        teacher: the model that entered the pipeline, or that given as ``teacher=``; never changed.
         dataset: the samples given as ``data=``, None if none were given.
         device: where the model is.
         progress: counts through long loops.
-        workdir: folder for caches, training checkpoints and exported files; None if the user gave none.
+        workdir: folder for caches, checkpoints of training and exported files; None if not given.
     """
 
     step: str
@@ -81,9 +81,9 @@ class Transform(ABC):
     """One technique: a frozen dataclass that is called on a model and returns a smaller one.
 
     A subclass is declared as ``class Mlp(Transform, family="prune", phase=20)`` under
-    ``@register @dataclass(frozen=True, kw_only=True)``. Its fields are plain values: numbers, strings,
-    booleans, tuples, nested frozen dataclasses. `apply` works on a private copy and returns what it
-    decided; `rebuild` makes the same shapes again from that, without data.
+    ``@register @dataclass(frozen=True, kw_only=True)``. Its fields are plain values: numbers,
+    strings, booleans, tuples, nested frozen dataclasses. `apply` works on a private copy and
+    returns what it decided; `rebuild` makes the same shapes again from that, without data.
     """
 
     name: ClassVar[str]
@@ -115,17 +115,15 @@ class Transform(ABC):
             object.__setattr__(self, f.name, _coerce(self, f.name, getattr(self, f.name), kind))
         self.validate()
 
-    # --- what a technique may override -------------------------------------------------------------
-
     @property
     def needs_data(self) -> bool:
         """Whether `apply` reads samples."""
         return False
 
-    def validate(self) -> None:
+    def validate(self) -> None:  # noqa: B027 - most techniques need none
         """Check the fields; called when the transform is made. Raises ConfigError."""
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:  # noqa: B027
         """Check that the step fits the model; called before any step of a pipeline runs."""
 
     @abstractmethod
@@ -135,8 +133,6 @@ class Transform(ABC):
     @abstractmethod
     def rebuild(self, model: nn.Module, state: State) -> State:
         """Give the model the same modules and shapes again, from `state` alone; return `state`."""
-
-    # --- what a technique uses ------------------------------------------------------------------------
 
     def between(self, name: str, low: float, high: float, *, closed: bool = False) -> None:
         """Raise ConfigError unless ``low < field < high`` (``<=`` where `closed`)."""
@@ -154,8 +150,6 @@ class Transform(ABC):
     def label(self) -> str:
         """The registered name, or the class name of a technique that is not registered."""
         return getattr(type(self), "name", type(self).__name__)
-
-    # --- what users call --------------------------------------------------------------------------------
 
     def __call__(self, model: nn.Module, **run: Any) -> nn.Module:
         """Apply the technique to a copy of the model; see `Pipeline.__call__` for the arguments."""
@@ -244,7 +238,10 @@ def _coerce(owner: Transform, name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         right, expected = value in get_args(kind), " | ".join(map(repr, get_args(kind)))
     elif kind is float:
-        right, expected = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        right, expected = (
+            isinstance(value, (int, float)) and not isinstance(value, bool),
+            "a number",
+        )
         value = float(value) if right else value
     elif kind is int:
         right, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"

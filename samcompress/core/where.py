@@ -54,7 +54,7 @@ class Where:
         Raises:
             NoEffectError: if a pattern matches no module, or none of the wanted kind is left.
         """
-        modules = {name: module for name, module in model.named_modules() if name}
+        modules: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if n}
         for pattern in self.include + self.exclude:
             rule = _rule(pattern)
             if not any(rule.fullmatch(name) for name in modules):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from ..core.build import ARCHITECTURES
 from ..core.checkpoint import is_ours, read_record
-from ..core.display import Column, Table, needs, steps_table, summary_line
+from ..core.display import Cell, Column, Table, needs, steps_table, summary_line
 from ..core.errors import ConfigError
 from ..core.load import SHIPPED, load
 from ..core.pipeline import Pipeline, list_recipes, read_recipe
 from ..core.registry import find, list_transforms
+from .environment import Check
 from .recipes import recipe
 from .summary import summary
 
@@ -101,6 +103,24 @@ def recipe_text(name: str) -> str:
         ConfigError: if there is none of this name.
     """
     return read_recipe(name)[0]
+
+
+def health(checks: Sequence[Check]) -> Table:
+    """What `doctor` found, as a table."""
+    rows = [
+        (
+            check.name,
+            Cell(check.status, mark="" if check.ok else "red"),
+            check.detail + (f"; to mend it: {check.fix}" if check.fix else ""),
+        )
+        for check in checks
+    ]
+    columns = (
+        Column("what", align="left"),
+        Column("state", align="left"),
+        Column("detail", align="left"),
+    )
+    return Table(columns, rows, title="this machine")
 
 
 def _checkpoint(folder: Path) -> tuple[str, tuple[Table, ...]]:

@@ -36,7 +36,7 @@ class Memory:
         method: what was read. On the CPU the whole process counts, interpreter and libraries
             included; on a GPU what its allocator gave to tensors.
         baseline_mb: after the imports.
-        loaded_mb: with the model loaded.
+        loaded_mb: with the model loaded; weights mapped from the file count once they are read.
         peak_mb: highest during three calls: one image through the encoder, one box.
         steady_mb: after these calls, when all that can be freed is free again.
         reserved_mb: what a GPU's allocator held back from the driver at most; None on the CPU.

@@ -185,6 +185,8 @@ class Report:
             entries = (accuracy_of(row, slot) for row in rows)
             protocol = next(entry["protocol"] for entry in entries if entry)
             notes.append(f"{slot_name(slot, known)}: {protocol}")
+        if any((row.get("latency") or {}).get("vs_base") for row in rows):
+            notes.append("speed-up: from calls that took turns with the base's, minute by minute")
         if any(cell.mark == "red" for cells in body for cell in cells):
             notes.append(_FLAG)
         notes += [

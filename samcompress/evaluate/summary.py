@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -107,7 +108,10 @@ def summary(model: nn.Module) -> Summary:
         128
     """
     three = parts(model)
+    side: Any = three.image_encoder.img_size
     counts = parameters(model)
+    encoder: int | None
+    decoder: int | None
     try:
         work = macs(model)
         encoder, decoder = work.encoder, work.decoder_per_prompt
@@ -126,7 +130,7 @@ def summary(model: nn.Module) -> Summary:
     ]
     rows.append(Part("total", counts["total"], tensor_bytes(model), None, _dtypes(model)))
     steps = tuple(step.transform.label for step in lineage(model))
-    return Summary(tuple(rows), model.image_encoder.img_size, steps)  # type: ignore[union-attr]
+    return Summary(tuple(rows), side, steps)
 
 
 def _dtypes(module: nn.Module) -> tuple[str, ...]:

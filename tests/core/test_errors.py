@@ -12,7 +12,11 @@ from samcompress.core._shapes import expect
 
 def test_four_parts() -> None:
     error = errors.ConfigError(
-        "ratio is out of range.", where="prune.mlp", got=1, expected="0 < ratio < 1", fix="ratio=0.5"
+        "ratio is out of range.",
+        where="prune.mlp",
+        got=1,
+        expected="0 < ratio < 1",
+        fix="ratio=0.5",
     )
     assert str(error) == (
         "ratio is out of range.\n"
@@ -70,9 +74,7 @@ def test_expect() -> None:
     with pytest.raises(errors.ShapeError) as caught:
         expect(torch.zeros(2, 3, 8, 9), "B 3 S S", name="image", S=8)
     assert str(caught.value) == (
-        "image has the wrong shape.\n"
-        "  got       (2, 3, 8, 9)\n"
-        "  expected  (B 3 S S) with S=8"
+        "image has the wrong shape.\n  got       (2, 3, 8, 9)\n  expected  (B 3 S S) with S=8"
     )
     with pytest.raises(errors.ShapeError):
         expect(torch.zeros(2), "B 3")

@@ -9,6 +9,7 @@ from torch import nn
 import samcompress as sc
 from samcompress.core import errors, registry
 from samcompress.core.transform import Context, State, Transform
+from samcompress.core.where import Where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Example(Transform, family="example", phase=20):
     kind: Literal["a", "b"] = "a"
     sizes: tuple[int, ...] = (1, 2)
     limit: int | None = None
-    where: sc.Where = sc.Where("image_encoder.blocks.*.mlp")
+    where: Where = Where("image_encoder.blocks.*.mlp")
 
     def validate(self) -> None:
         self.between("ratio", 0, 1)
@@ -117,7 +118,9 @@ def test_where() -> None:
     assert names(sc.Where("**", exclude="a.1"), kind=nn.Linear) == ["b"]
     with pytest.raises(errors.NoEffectError) as caught:
         sc.Where("c.*").select(model, step="prune.mlp")
-    assert "prune.mlp matched no module.\n  where     'c.*'\n  got       nearest: " in str(caught.value)
+    assert "prune.mlp matched no module.\n  where     'c.*'\n  got       nearest: " in str(
+        caught.value
+    )
     with pytest.raises(errors.NoEffectError, match="matched no module it can act on"):
         sc.Where("a.0").select(model, nn.Linear)
     with pytest.raises(errors.NoEffectError):

@@ -333,7 +333,7 @@ def test_vit_b_at_512(shared: Path) -> None:
         shared / "data/coco/val2017", shared / "data/coco/annotations/instances_val2017.json"
     )
     chain = sc.prune.Mlp(ratio=0.5, criterion="magnitude") | sc.distill.Encoder(
-        steps=3, batch_size=1, lr=1e-4
+        steps=3, batch_size=1, lr=1e-5
     )
     state = sc.lineage(chain(sam, data=photos[:2], progress=False))[-1].state
     assert state["loss_after"] < state["loss_before"]

@@ -10,7 +10,7 @@ from conftest import random_sam
 from torch import Tensor, nn
 
 import samcompress as sc
-from samcompress.core.build import ARCHITECTURES, SamConfig
+from samcompress.core.build import ARCHITECTURES, SamConfig, config_of
 from samcompress.core.errors import ModelError
 from samcompress.evaluate.macs import closed_form, decoder_macs, macs
 from samcompress.evaluate.size import bytes_on_disk, parameters
@@ -61,7 +61,7 @@ def test_parameters_of_the_paper(large: tuple[str, nn.Module]) -> None:
 )
 def test_closed_form_of_other_sizes(sizes: dict[str, object]) -> None:
     sam = sc.build("tiny", **sizes)
-    config = sc.core.build.config_of(sam)
+    config = config_of(sam)
     assert macs(sam).encoder == closed_form(config)
 
 
