@@ -4,9 +4,10 @@
     python examples/train_tiny.py export --work /tmp/tiny    # into the package
 
 Losses and prompts follow SAM (arXiv 2304.02643): a point or a jittered box, then clicks where the
-masks are wrong, with the last mask as a prompt; of three masks only the best learns. A first lesson
-without images teaches what prompts mean, which images alone teach slowly; then everything is
-trained, first with BCE, which starts sooner, later with SAM's focal loss.
+masks are wrong, with the last mask as a prompt; of three masks only the best learns. From random
+weights that starts slowly, so there are three lessons: the image encoder learns which pixels belong
+together, then the decoder what prompts mean, then all learns together, first with BCE and dice, at
+the end with SAM's focal loss and dice.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Scenes:
             images, masks, boxes, first = [], [], [], [0]
             for scene in Progress(True, "scenes").track(shapes(n, seed=seed, size=side)):
                 found = scene.instances
-                images.append(scene.image.transpose(2, 0, 1))
+                # Contiguous: safetensors writes the bytes as they lie in memory.
+                images.append(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
                 full = np.stack([i.mask for i in found]).astype(np.uint8)
                 masks.append(full.reshape(-1, side // 2, 2, side // 2, 2).sum((2, 4)))
                 boxes.append(np.array([i.box for i in found], np.float32))
@@ -220,36 +222,8 @@ def terms(logits: Tensor, scores: Tensor, target: Tensor, focus: float) -> dict[
     }
 
 
-class Geometry:
-    """First lesson, without images: what a box and a point mean.
-
-    The target is the ellipse in a drawn box; of a point it is one of any size around it, which the
-    three masks share out between small, middle and large.
-    """
-
-    def __init__(self, sam: Sam, prompts: int = 48) -> None:
-        self.sam, self.prompts = sam, prompts
-
-    def __call__(self, step: int) -> Mapping[str, Tensor]:
-        g = generator(SEED, "geometry", step)
-        side, n = self.sam.image_encoder.img_size, self.prompts
-        centre = side * torch.rand(n, 2, generator=g)
-        reach = side * torch.exp(torch.rand(n, 2, generator=g) * 2.4 - 3.4)
-        grid = 2 * torch.arange(side // 2) + 1.0
-        x, y = (((grid - centre[:, i, None]) / reach[:, i, None]) ** 2 for i in (0, 1))
-        target = ((x[:, None, :] + y[:, :, None]) < 1).float()
-        features = torch.zeros(n, self.sam.prompt_encoder.embed_dim, side // 8, side // 8)
-        if torch.rand((), generator=g) < 0.7:
-            box = torch.cat([centre - reach, centre + reach], 1).clamp(0, side)
-            logits, scores = decode(self.sam, features, points=None, boxes=box, masks=None)
-        else:
-            click = centre[:, None] - 0.5, torch.ones(n, 1)
-            logits, scores = decode(self.sam, features, points=click, boxes=None, masks=None)
-        return terms(logits, scores, target, 0.0)
-
-
 class Pixels(nn.Module):
-    """Second lesson, without prompts: which pixels belong together.
+    """First lesson, without prompts: which pixels belong together.
 
     A small head that is thrown away looks at the features of one pixel, and has to find the other
     pixels of its object among the upscaled features. Object and rest weigh the same: at the
@@ -350,15 +324,21 @@ def train(args: argparse.Namespace) -> None:
     scenes = Scenes.make(args.scenes, SEED, 128, args.work / "scenes")
     sam = start(scenes)
     pixels = Pixels(sam, scenes)
-    decoder = ("sam.prompt_encoder", "sam.mask_decoder")
     encoder = ("sam.image_encoder", "sam.mask_decoder.output_upscaling", "head")
+    decoder = (
+        "sam.prompt_encoder",
+        *(
+            f"sam.mask_decoder.{n}"
+            for n, _ in sam.mask_decoder.named_children()
+            if n != "output_upscaling"
+        ),
+    )
     common = {"warmup": 0.04, "weight_decay": 0.02, "clip": 1.0, "seed": SEED}
     last = _fit.Plan(steps=args.steps, lr=1e-3, ema=0.998, **common)
     lessons = {
-        "geometry": (Geometry(sam), _fit.Plan(steps=600, lr=3e-3, **common), decoder),
-        "pixels": (pixels.loss, _fit.Plan(steps=1000, lr=2e-3, **common), encoder),
-        "decoder": (Prompts(sam, scenes, None), _fit.Plan(steps=700, lr=2e-3, **common), decoder),
-        "train": (Prompts(sam, scenes, last), last, ("sam",)),
+        "pixels": (pixels.loss, _fit.Plan(steps=1200, lr=2e-3, **common), encoder),
+        "decoder": (Prompts(sam, scenes, None), _fit.Plan(steps=900, lr=3e-3, **common), decoder),
+        "all": (Prompts(sam, scenes, last), last, ("sam",)),
     }
     for name, (loss, plan, parts) in lessons.items():
         run(pixels, loss, plan, parts, args.work / f"{name}.safetensors")
@@ -385,7 +365,7 @@ def run(
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights reached so far, as float16."""
-    weights = _fit.trained(args.work / "train.safetensors")
+    weights = _fit.trained(args.work / "all.safetensors")
     save_file(
         {k.removeprefix("sam."): v.half().contiguous().numpy() for k, v in weights.items()}, args.to
     )
@@ -396,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("train", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of scenes and checkpoint")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--to", type=Path, default=Path("samcompress/core/tiny/model.safetensors"))
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The command line. Each verb is one Python call, which ``--help`` shows.
+"""The command line; each verb is one Python call, which its ``--help`` shows.
 
 Exit codes: 0 done, 1 an error of ours (one message), 2 wrong usage, 130 interrupted.
 """
@@ -79,7 +79,7 @@ Data = Annotated[
     typer.Option(help="COCO root (PATH@val2017), SA-1B, masks folder, or shapes:64@seed=1."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N images.", min=1)]
-ImageSize = Annotated[int | None, typer.Option(help="Change the model's input side first.", min=1)]
+Size = Annotated[int | None, typer.Option(help="Change the model's input side first.", min=1)]
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write as JSON; - for standard output.")
 ]
@@ -92,14 +92,20 @@ Recipe = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(sc.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option(help="Show where an error came from.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    if version:
-        print(sc.__version__)
-        raise typer.Exit
+    """The options that stand before a verb."""
 
 
 @app.command("list")
@@ -158,9 +164,7 @@ def recipe_check(
 
     Python: sc.Pipeline.load(file).check(sc.load(model), data=data)
     """
-    table = preflight(recipe(file), load(model), data=opened(data))
-    show(table, to_json=to_json)
-    ready(table)
+    show_preflight(preflight(recipe(file), load(model), data=opened(data)), to_json)
 
 
 @app.command()
@@ -170,7 +174,7 @@ def apply(
     out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
     data: Data = None,
     limit: Limit = None,
-    image_size: ImageSize = None,
+    image_size: Size = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     workdir: Annotated[
         Path | None, typer.Option(help="Caches and checkpoints; a training resumes from here.")
@@ -185,16 +189,13 @@ def apply(
     pipeline = recipe(chain, image_size=image_size)
     sam, samples = load(model, device), opened(data, limit)
     if dry_run:
-        table = preflight(pipeline, sam, data=samples)
-        show(table, to_json=to_json)
-        return ready(table)
-    if out is None:
+        show_preflight(preflight(pipeline, sam, data=samples), to_json)
+    elif out is None:
         raise typer.BadParameter("--out is needed, or --dry-run.")
-    small = pipeline(sam, data=samples, workdir=workdir)
-    sc.save(small, out)
-    show(*listing.describe(out)[1][:2], to_json=to_json)
-    say(f"saved to {out}; next: samcompress bench {model} {out} --data ...")
-    return None
+    else:
+        sc.save(pipeline(sam, data=samples, workdir=workdir), out)
+        show(*listing.describe(out)[1][:2], to_json=to_json)
+        say(f"saved to {out}; next: samcompress bench {model} {out} --data ...")
 
 
 @app.command()
@@ -222,8 +223,8 @@ def bench(
         report = sc.evaluate.benchmark(
             {name: source_of(source) for name, source in sources.items()},
             samples,
-            prompts=split(prompts),
-            devices=split(device),
+            prompts=prompts.split(","),
+            devices=device.split(","),
             rounds=sc.evaluate.Rounds.quick() if quick else None,
             memory=not quick,
             threads=threads,
@@ -265,10 +266,8 @@ def export(
     sc.save(exported, to)
     state = sc.lineage(exported)[-1].state
     errors = ", ".join(f"{name} {value:.2g}" for name, value in state["errors"].items())
-    print(
-        f"exported to {to}, reloaded and compared with PyTorch; largest relative difference: "
-        f"{errors} (allowed: {state['tolerance']:.2g})"
-    )
+    print(f"exported to {to}, reloaded and compared with PyTorch")
+    print(f"largest relative difference: {errors} (allowed: {state['tolerance']:.2g})")
 
 
 @app.command()
@@ -320,15 +319,11 @@ def show(*tables: Table, to_json: str | None = None) -> None:
         console.print(shown)
 
 
-def ready(table: Table) -> None:
-    """Exit 1 unless every step of a preflight is ready."""
+def show_preflight(table: Table, to_json: str | None) -> None:
+    """Print it; exit 1 unless every step is ready."""
+    show(table, to_json=to_json)
     if any(row["ready"] != "yes" for row in table.records()):
         raise typer.Exit(1)
-
-
-def split(text: str) -> tuple[str, ...]:
-    """``"box,point"`` to its words."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def opened(data: str | None, limit: int | None = None) -> Any:
@@ -357,8 +352,8 @@ def source_of(source: str) -> Any:
     if not random:
         return source
     try:
-        fields = dict(word.split("=") for word in split(sizes.removeprefix("@")))
-        values = {key: json.loads(value) for key, value in fields.items()}
+        fields = [word.split("=") for word in sizes.removeprefix("@").split(",") if word]
+        values = {key: json.loads(value) for key, value in fields}
     except ValueError as err:
         raise ConfigError(
             "these sizes are not understood.", got=source, expected="vit_b:random@image_size=512"
@@ -371,11 +366,9 @@ def named(models: Sequence[str]) -> dict[str, str]:
     """Models by the names tables use: the last part of a path, numbered where two are alike."""
     found: dict[str, str] = {}
     for source in models:
-        stem = Path(source).name if Path(source).exists() else source
-        name, number = stem, 2
-        while name in found:
-            name, number = f"{stem} ({number})", number + 1
-        found[name] = source
+        name = Path(source).name if Path(source).exists() else source
+        alike = sum(name == other.partition(" (")[0] for other in found)
+        found[f"{name} ({alike + 1})" if alike else name] = source
     return found
 
 

@@ -78,7 +78,7 @@ def test_recipe_list_copy_check(tmp_path: Path) -> None:
     assert "the file is there already" in again.stderr
     without = run("recipe", "check", copy, "--model", SAM)
     assert without.exit_code == 1
-    assert "prune.mlp needs images" in without.stdout
+    assert "! no: needs images." in without.stdout
     assert run("recipe", "check", copy, "--model", SAM, "--data", DATA).exit_code == 0
 
 
@@ -162,9 +162,8 @@ def test_export_says_what_it_compared(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     done = run("export", SAM, "--to", tmp_path / "onnx")
     assert done.exit_code == 0, done.stderr
-    assert "reloaded and compared with PyTorch; largest relative difference: embedding" in (
-        done.stdout
-    )
+    assert "reloaded and compared with PyTorch\nlargest relative difference: " in done.stdout
+    assert "embedding" in done.stdout
     assert sc.load(tmp_path / "onnx").image_encoder.img_size == 128
 
 

@@ -54,7 +54,7 @@ def number(x: object, *, sign: bool = False) -> str:
 
 
 def _decimals(x: float) -> int | None:
-    """Decimals that leave three significant digits; None where only an exponent stays readable."""
+    """Decimals that leave three significant digits; None where only an exponent is readable."""
     exponent = int(f"{x:.2e}".split("e")[1])
     return None if x and not -5 < exponent < 6 else 2 - exponent
 
@@ -80,10 +80,11 @@ class Cell:
     def text(self) -> str:
         """The value as every face of the table prints it."""
         shown = number(self.value, sign=self.sign)
-        if self.error is not None and isinstance(self.value, float):
-            digits = _decimals(self.value)
-            same = None if digits is None else f"{self.error:.{max(digits, 0)}f}"
-            shown += f" ±{same if same and float(same) else number(self.error)}"
+        if self.error and isinstance(self.value, float):
+            # Of a value near zero only the digits that its error leaves.
+            digits = [_decimals(x) for x in (self.value, self.error)]
+            least = max(0, min(d for d in (*digits, 6) if d is not None))
+            shown = f"{self.value:{'+' * self.sign}.{least}f} ±{self.error:.{least}f}"
         return f"! {shown}" if self.mark == "red" else shown
 
 
@@ -248,7 +249,7 @@ class Table:
             names = (f'<th colspan="{n}" style="{_GROUP}">{escape(g)}</th>' for g, n in groups)
             head.append(f"<tr>{''.join(names)}</tr>")
         titles = (
-            f'<th style="{_css(c)};vertical-align:bottom;white-space:normal">{escape(c.name)}'
+            f'<th style="{_css(c)};vertical-align:bottom">{escape(c.name)}'
             + (f'<br><small style="opacity:.7">{escape(c.unit)}</small>' if c.unit else "")
             + "</th>"
             for c in self.columns
@@ -270,7 +271,8 @@ class Table:
                 column = Column(column.name, align="left")
             style = ";".join(filter(None, (_css(column), _MARKS.get(cell.mark))))
             wide = f' colspan="{span}"' if span > 1 else ""
-            yield f'<td{wide} style="{style}">{escape(cell.text)}</td>'
+            text = escape(cell.text).replace("! ", "!&nbsp;")  # errors may wrap, flags not
+            yield f'<td{wide} style="{style}">{text}</td>'
 
 
 _GROUP = "text-align:center;font-weight:400;opacity:.75"
@@ -315,8 +317,7 @@ def _grid(texts: Sequence[list[str]], columns: Sequence[Column], sizes: Sequence
 
 
 def _css(column: Column) -> str:
-    wrap = "" if column.align == "left" else ";white-space:nowrap"
-    return f"text-align:{column.align};padding:.15em .45em{wrap}"
+    return f"text-align:{column.align};padding:.15em .45em"
 
 
 def _pipes(cells: Any) -> str:
@@ -389,10 +390,8 @@ def needs(step: Transform) -> list[str]:
 
 def _card(parts: list[str]) -> str:
     inner = "".join(f"<div>{part}</div>" for part in parts if part)
-    style = (
-        "color-scheme:light dark;color:inherit;border:1px solid;border-radius:6px;padding:.5em .8em"
-    )
-    return f'<div style="{style};display:inline-block;border-color:#8888">{inner}</div>'
+    style = "color-scheme:light dark;color:inherit;display:inline-block;padding:.5em .8em"
+    return f'<div style="{style};border:1px solid #8888;border-radius:6px">{inner}</div>'
 
 
 def _links(text: str) -> str:

@@ -217,7 +217,7 @@ class Pipeline:
                 "this is not a recipe.",
                 where=where,
                 got=str(recipe)[:80],
-                expected='{"format": 1, "steps": [{"type": "prune.mlp", "params": {}}]}',
+                expected='{"format": 1, "steps": [{"type": "family.name", "params": {}}]}',
             )
         if recipe.get("format", FORMAT) > FORMAT:
             raise ConfigError(

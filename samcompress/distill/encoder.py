@@ -133,7 +133,12 @@ class Encoder(Transform, family="distill", phase=40):
         plan = _fit.Plan(
             steps=steps, lr=self.lr, weight_decay=self.weight_decay, clip=5.0, seed=self.seed
         )
-        identity = {**teacher.identity, **self.params(), "student": fingerprint(model)}
+        identity = {
+            **teacher.identity,
+            **self.params(),
+            "steps": steps,
+            "student": fingerprint(model),
+        }
         run = _fit.fit(
             model,
             objective,

@@ -10,20 +10,20 @@ from torch import nn
 
 from ..core._progress import ProgressLike
 from ..core.checkpoint import save
-from ..core.data import shapes
+from ..core.data import Dataset, shapes
 from ..core.errors import MissingDependencyError
 from ..core.files import write_whole
 from ..core.load import load
 from ..core.pipeline import Pipeline
 from .benchmark import benchmark
-from .latency import Rounds
+from .latency import Rounds, _threads
 from .plots import png
 from .recipes import recipe
 from .report import Report
 from .row import absent_row
 
 # Enough calls to rank models on a busy machine, few enough that the demo ends within minutes.
-ROUNDS = Rounds(warmup_calls=3, warmup_seconds=0.1, calls=20, seconds=0.5, max_seconds=10.0)
+ROUNDS = Rounds(warmup_calls=3, warmup_seconds=0.1, calls=20, seconds=0.3, max_seconds=10.0)
 SIDE = 96  # what the 512 px of the recipe for large models becomes for the 128 px of `tiny`
 
 NEXT = """\
@@ -49,7 +49,7 @@ class Demo:
 def demo(
     out: str | Path = "samcompress-demo",
     *,
-    images: int = 48,
+    images: int = 32,
     rounds: Rounds = ROUNDS,
     memory: bool = True,
     say: Callable[[str], None] = lambda text: None,
@@ -72,6 +72,24 @@ def demo(
         CheckpointError: if `out` cannot be written.
     """
     folder = Path(out)
+    # The layers of `tiny` are too small for two threads: they would wait for one another.
+    with _threads(1):
+        models, absent, test = _compress(folder, images, say, progress)
+        say(f"measuring {len(models)} models on {len(test)} scenes they have not seen")
+        report = benchmark(models, test, rounds=rounds, memory=memory, threads=1, progress=progress)
+        rows = [absent_row(name, "cpu", base=False, reason=why) for name, why in absent.items()]
+        report = Report({**report.doc, "rows": report.rows + rows})
+        files = tuple(folder / name for name in ("report.html", "report.json", "pareto.png"))
+        report.html(files[0], data=test, models=models)
+    report.save(files[1])
+    write_whole(files[2], png(report.pareto()))
+    return Demo(report, files)
+
+
+def _compress(
+    folder: Path, images: int, say: Callable[[str], None], progress: ProgressLike
+) -> tuple[dict[str, nn.Module], dict[str, str], Dataset]:
+    """Models by name, reasons of those that could not be made, and the scenes to measure on."""
     sam = load("tiny")
     calibration, test = shapes(images, seed=1001), shapes(images, seed=2002)
     models: dict[str, nn.Module] = {"base": sam}
@@ -79,24 +97,16 @@ def demo(
     for name, chain in chains().items():
         say(f"{name}: {' | '.join(step.label for step in chain)}")
         try:
-            models[name] = chain(sam, data=calibration, progress=progress, workdir=folder / "work")
+            models[name] = chain(sam, data=calibration, progress=progress)
         except MissingDependencyError as err:
             absent[name] = err.fix or err.what
             continue
         save(models[name], folder / "models" / name)
-    say(f"measuring {len(models)} models on {len(test)} scenes they have not seen")
-    report = benchmark(models, test, rounds=rounds, memory=memory, progress=progress)
-    rows = [absent_row(name, "cpu", base=False, reason=why) for name, why in absent.items()]
-    report = Report({**report.doc, "rows": report.rows + rows})
-    files = tuple(folder / name for name in ("report.html", "report.json", "pareto.png"))
-    report.html(files[0], data=test, models=models)
-    report.save(files[1])
-    write_whole(files[2], png(report.pareto()))
-    return Demo(report, files)
+    return models, absent, test
 
 
 def chains() -> dict[str, Pipeline]:
-    """The recipes that ship with the package, and the first step of ``small`` by itself."""
-    names = ("small", "cpu", "recover", "mobile")
+    """The recipes that ship with the package, and the first step of ``recover`` by itself."""
+    names = ("recover", "small", "cpu", "mobile")
     found = {name: recipe(name, image_size=SIDE if name == "mobile" else None) for name in names}
-    return {"pruned": Pipeline(found["small"].steps[:1]), **found}
+    return {"pruned": Pipeline(found["recover"].steps[:1]), **found}

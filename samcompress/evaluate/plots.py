@@ -82,12 +82,14 @@ def pareto(
             elinewidth=1,
             capsize=2,
         )
-    _labels(ax, rows, costs, gains, best)
     ax.set_xlabel(cost.axis)
     ax.set_ylabel(gain.axis)
     ax.set_title(f"{report.doc['data']['name']}, {rows[0]['device']}", loc="left")
-    ax.margins(x=0.18, y=0.15)
+    ax.margins(x=0.15, y=0.15)
+    ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))
     _plain(ax)
+    figure.draw_without_rendering()  # lays the axes out, so that places on the page are known
+    _labels(ax, rows, costs, gains, best)
     return figure
 
 
@@ -147,12 +149,13 @@ def waterfall(
             )
             level, label = now, None
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.set_xticks(range(len(found) - 1), [stage.label for stage in found[1:]])
+    ax.set_xticks(range(len(found) - 1), [s.label.replace(".", ".\n") for s in found[1:]])
     ax.set_ylabel("% of the base, added up")
     ax.set_title(row["name"], loc="left")
+    ax.use_sticky_edges = False
     ax.margins(y=0.15)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     _plain(ax)
     return figure
 
@@ -245,15 +248,14 @@ def png(figure: Figure) -> bytes:
 def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """The given axes and their figure, or new ones of `size` inches."""
     if ax is not None:
-        figure: Any = ax.figure
-        return figure, ax
+        return ax.figure.canvas.figure, ax
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     # Notebooks know figures only through pyplot; this is how an object shows itself without it.
-    figure._repr_png_ = lambda: png(figure)
+    figure.__dict__["_repr_png_"] = lambda: png(figure)
     return figure, figure.subplots()
 
 
@@ -266,16 +268,30 @@ def _plain(ax: Axes) -> None:
 def _labels(
     ax: Axes, rows: list[Row], costs: list[Any], gains: list[Any], best: np.ndarray
 ) -> None:
-    """Names beside the points, above and below in turn so that neighbours stay apart."""
-    order = sorted(range(len(rows)), key=lambda i: costs[i])
-    for turn, i in enumerate(order):
-        up = turn % 2 == 0
+    """Names beside the points, each where it covers no other name."""
+    taken: list[np.ndarray] = []
+    for i in np.argsort(costs):
+        name = rows[i]["name"] + (
+            " (base)" if rows[i]["base"] and rows[i]["name"] != "base" else ""
+        )
+        x, y = ax.transData.transform((costs[i], gains[i])) * 72 / ax.figure.dpi
+        size = np.array([5.6 * len(name), 11.0])  # about what these letters take
+        shifts = [(side, up) for up in (8, -19, 21, -32, 34, -45, 47) for side in (7, -7 - size[0])]
+        boxes = [
+            np.array([x + dx, y + dy, x + dx + size[0], y + dy + size[1]]) for dx, dy in shifts
+        ]
+        free = [k for k, box in enumerate(boxes) if not any(_cover(box, other) for other in taken)]
+        k = free[0] if free else 0
+        taken.append(boxes[k])
         ax.annotate(
-            rows[i]["name"] + (" (base)" if rows[i]["base"] and rows[i]["name"] != "base" else ""),
+            name,
             (costs[i], gains[i]),
-            (6, 8 if up else -8),
+            shifts[k],
             textcoords="offset points",
-            va="bottom" if up else "top",
             color="black" if best[i] else GREY,
             fontsize=9,
         )
+
+
+def _cover(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool((one[:2] < other[2:]).all() and (other[:2] < one[2:]).all())

@@ -85,7 +85,7 @@ def preflight(pipeline: Pipeline, model: nn.Module, *, data: Any = None) -> Tabl
         >>> import samcompress as sc
         >>> table = preflight(recipe("prune.mlp"), sc.build("tiny"))
         >>> table.records()[0]["ready"]
-        'prune.mlp needs images.'
+        'no: needs images.'
     """
     rows = []
     for number, step in enumerate(pipeline, 1):
@@ -116,14 +116,14 @@ def _problem(step: Transform, model: nn.Module, data: Any) -> str | None:
     try:
         Pipeline([step]).check(model, data=data)
     except SamCompressError as err:
-        return err.what
+        return f"no: {err.what.removeprefix(step.label).lstrip(': ')}"
     return None
 
 
 def _matched(step: Transform, model: nn.Module) -> str:
     where = getattr(step, "where", None)
     if where is None:
-        return "the whole model"
+        return "all"
     try:
         found = where.select(model, step=step.label)
     except SamCompressError:

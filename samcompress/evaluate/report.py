@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 AGREES = 0.9  # mean IoU to the base's masks below which a model no longer says the same
+SLOWER = 0.97  # speed-up below which it is no longer the noise of a quiet machine
 _FLAG = "! slower than the base, or masks that agree with the base's by an IoU below 0.9"
 
 
@@ -119,7 +120,9 @@ class Report:
         base = self.base(device)
         others = [r for r in rows if base and r is not base and name in (None, r["name"])]
         found = [worst for row in others for worst in losses(row, base or {})]
-        return sorted(found, key=lambda w: -w.loss)[:n]
+        # Each object once, with the model and prompt that lost most on it.
+        most = {(w.image_id, w.annotation_id): w for w in sorted(found, key=lambda w: w.loss)}
+        return sorted(most.values(), key=lambda w: -w.loss)[:n]
 
     # --- faces ---
 
@@ -175,7 +178,7 @@ class Report:
             cells.append(_cell(value))
             if key == "latency_ms" and base:
                 ratio = speedup(row, base)
-                cells.append(_cell(ratio, red=ratio is not None and round(ratio, 2) < 1))
+                cells.append(_cell(ratio, red=ratio is not None and ratio < SLOWER))
         return cells
 
     def _notes(self, rows: list[Row], body: list[list[Cell]]) -> list[str]:
@@ -203,7 +206,12 @@ class Report:
         for row in rows:
             for part, reason in (row.get("missing") or {}).items():
                 found.setdefault(f"{part} ({reason})", []).append(row["name"])
-        return [f"{gap} of {', '.join(names)}" for gap, names in found.items()]
+        gaps = [f"{gap} of {', '.join(names)}" for gap, names in found.items()]
+        measured = [row for row in rows if row["status"] == "measured"]
+        for part in ("accuracy", "latency", "memory"):
+            tried = any(row.get(part) or part in (row.get("missing") or {}) for row in measured)
+            gaps += [f"{part} (not asked for)"] if measured and not tried else []
+        return gaps
 
     def text(self) -> str:
         """The tables as fixed-width text, one for each device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def mask_grid(cases: Sequence[Case], *, tile: int = 220, ax: Axes | None = None)
     gap = 8
     step = tile + gap
     mosaic = np.zeros((len(cases) * step - gap, 3 * step - gap, 4), np.uint8)
-    figure, ax = axes(ax, (8.4, 0.45 + 2.25 * len(cases)))
+    figure, ax = axes(ax, (9.0, 0.45 + 2.25 * len(cases)))
     for r, case in enumerate(cases):
         window = _window(case)
         picture = _crop(case.image, window, tile).astype(float)
@@ -119,7 +120,7 @@ def mask_grid(cases: Sequence[Case], *, tile: int = 220, ax: Axes | None = None)
             place = np.s_[r * step : r * step + tile, c * step : c * step + tile]
             mosaic[place] = np.dstack([painted, np.full((tile, tile), 255, np.uint8)])
             _draw_prompt(ax, case.prompt, window, tile, (c * step, r * step))
-        ax.text(3 * step, r * step + tile / 2, case.label, va="center", fontsize=8)
+        ax.text(3 * step, r * step + tile / 2, case.label, va="center", fontsize=10)
     for c, title in enumerate(("base", "compressed", "difference")):
         ax.text(c * step + tile / 2, -gap, title, ha="center", va="bottom")
     ax.imshow(mosaic, interpolation="none", aspect="equal")
@@ -215,7 +216,7 @@ def _paint(
     for mask, colour in layers:
         tone = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         painted[mask] = 0.35 * painted[mask] + 0.65 * np.array(tone)
-    painted[boundary(truth, ratio=0.0)] = 255
+    painted[boundary(truth, ratio=2 / math.hypot(*truth.shape))] = 255  # two pixels wide
     return np.asarray(painted, np.uint8)
 
 

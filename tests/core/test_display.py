@@ -43,7 +43,11 @@ def test_sign_is_written_on_demand() -> None:
 def test_error_has_the_decimals_of_its_value() -> None:
     assert Cell(0.772, 0.0123).text == "0.772 ±0.012"
     assert Cell(12.34, 1.234).text == "12.3 ±1.2"
-    assert Cell(0.772, 0.00004).text == "0.772 ±4.00e-05"
+    assert Cell(-8.13e-05, 0.000291, sign=True).text == "-0.000081 ±0.000291"
+    assert Cell(0.5, 0.00004).text == "0.500 ±0.000"
+    assert Cell(0.14123, 0.0996).text == "0.141 ±0.100"
+    assert Cell(1234.0, 250.0).text == "1234 ±250"
+    assert Cell(0.5, 0.0).text == "0.500"
 
 
 def test_red_is_told_without_colour_too() -> None:

@@ -101,7 +101,10 @@ def test_stage_nobody_measured_has_its_size_only(report: Report) -> None:
 def test_waterfall_adds_up(report: Report) -> None:
     ax = report.waterfall().axes[0]
     assert ax.get_title(loc="left") == "small"
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["prune.mlp", "quantize.int8_weights"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == [
+        "prune.\nmlp",
+        "quantize.\nint8_weights",
+    ]
     found = dict(zip(("size", "time", "miou"), ax.containers[::2], strict=True))
     ends = {
         "size": 100 * (1 - 0.256),
