@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +124,11 @@ def point_in(weight: Tensor, g: torch.Generator) -> Tensor:
     return 2 * place + torch.rand(place.shape, generator=g) * 1.999 - 0.5
 
 
+def grown(clicks: Tensor | None, new: Tensor) -> Tensor:
+    """One more click, or its label, a prompt."""
+    return new[:, None] if clicks is None else torch.cat([clicks, new[:, None]], 1)
+
+
 def first_click(target: Tensor, g: torch.Generator) -> Tensor:
     """Half the prompts anywhere in the object, half well inside it."""
     inside = (target >= 0.5).float()
@@ -196,11 +201,9 @@ def mask_losses(logits: Tensor, target: Tensor, focus: float) -> Tensor:
     target = target[:, None].expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     p = logits.sigmoid()
-    weight = 4 * (1 - focus)
-    if focus:
-        # |p - target| is 1 - p_t of focal loss (gamma 2), and right for soft targets too.
-        balance = 0.25 * target + 0.75 * (1 - target)
-        weight = weight + focus * 20 * balance * (p - target).detach() ** 2
+    # |p - target| is 1 - p_t of focal loss (gamma 2), and right for soft targets too.
+    balance = 0.25 * target + 0.75 * (1 - target)
+    weight = 4 * (1 - focus) + focus * 20 * balance * (p - target).detach() ** 2
     both = (p * target).sum((2, 3))
     dice = 1 - (2 * both + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
     return (weight * bce).mean((2, 3)) + dice
@@ -287,11 +290,10 @@ class Prompts:
         box = jitter(boxes, sam.image_encoder.img_size, g) if with_box else None
         points = labels = mask = None
         if not with_box:
-            points = first_click(target, g)[:, None]
-            labels = torch.ones(len(target), 1)
+            points, labels = first_click(target, g)[:, None], torch.ones(len(target), 1)
         total: dict[str, Tensor] = {}
         for index in range(rounds):
-            click = None if points is None else (points, labels)
+            click = None if points is None or labels is None else (points, labels)
             logits, scores = decode(sam, features, points=click, boxes=box, masks=mask)
             for name, value in terms(logits, scores, target, focus).items():
                 total[name] = total.get(name, 0) + value / rounds
@@ -299,12 +301,7 @@ class Prompts:
                 with torch.no_grad():
                     best = self._best(logits, scores, index == 0 and not with_box)
                     point, label = next_click(best, target, g)
-                points = (
-                    point[:, None] if points is None else torch.cat([points, point[:, None]], 1)
-                )
-                labels = (
-                    label[:, None] if labels is None else torch.cat([labels, label[:, None]], 1)
-                )
+                points, labels = grown(points, point), grown(labels, label)
                 mask = best[:, None].detach() if with_mask else None
         return total
 
@@ -333,15 +330,12 @@ def train(args: argparse.Namespace) -> None:
             if n != "output_upscaling"
         ),
     )
-    common = {"warmup": 0.04, "weight_decay": 0.02, "clip": 1.0, "seed": SEED}
-    last = _fit.Plan(steps=args.steps, lr=1e-3, ema=0.998, **common)
-    lessons = {
-        "pixels": (pixels.loss, _fit.Plan(steps=1200, lr=2e-3, **common), encoder),
-        "decoder": (Prompts(sam, scenes, None), _fit.Plan(steps=900, lr=3e-3, **common), decoder),
-        "all": (Prompts(sam, scenes, last), last, ("sam",)),
-    }
-    for name, (loss, plan, parts) in lessons.items():
-        run(pixels, loss, plan, parts, args.work / f"{name}.safetensors")
+    plan = _fit.Plan(steps=1200, lr=2e-3, warmup=0.04, weight_decay=0.02, clip=1.0, seed=SEED)
+    run(pixels, pixels.loss, plan, encoder, args.work / "pixels.safetensors")
+    plan = replace(plan, steps=900, lr=3e-3)
+    run(pixels, Prompts(sam, scenes, None), plan, decoder, args.work / "decoder.safetensors")
+    plan = replace(plan, steps=args.steps, lr=1e-3, ema=0.998)
+    run(pixels, Prompts(sam, scenes, plan), plan, ("sam",), args.work / "all.safetensors")
 
 
 def run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 from pathlib import Path
@@ -59,13 +58,14 @@ def test_links(page: Path) -> None:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=title)
-def test_notebook(notebook: Path, tmp_path: Path) -> None:
+def test_notebook(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     content = nbformat.read(notebook, as_version=4)
     nbclient.NotebookClient(
-        content, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
+        content, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     kinds = {out.output_type for cell in content.cells for out in cell.get("outputs", [])}
     assert "error" not in kinds

@@ -285,7 +285,7 @@ def test_it_learns(trained: nn.Module, loss: str) -> None:
     state = sc.lineage(small)[-1].state
     assert state["loss_after"] < state["loss_before"] / (10 if loss == "mse" else 1.5)
     assert (state["images"], state["skipped"]) == (16, 0)
-    assert len(state["curve"]) == min(state["steps"], 50)
+    assert 10 < len(state["curve"]) <= 50
     # The loss on record is that of the model that is returned.
     embeddings = [
         torch.cat([e.features for e in encode(m, [s.image for s in sc.shapes(16)])])
