@@ -140,7 +140,7 @@ def test_time_split_counts_every_prompt(report: Report) -> None:
 def test_bars(report: Report) -> None:
     ax = plots.bars(report, "memory_mb").axes[0]
     widths = [bar.get_width() for bar in ax.patches]
-    assert widths == pytest.approx([30.2, 28.2, 28.2, 30.2]  # above what the imports take)
+    assert widths == pytest.approx([30.2, 28.2, 28.2, 30.2])  # above what imports take
     assert ax.get_xlabel() == "peak memory (MB)"
     nothing = Report(documents.document(rows=[documents.missing("base", "no device")]))
     with pytest.raises(DataError, match="no row has this measure"):
