@@ -335,7 +335,10 @@ def train(args: argparse.Namespace) -> None:
     plan = replace(plan, steps=900, lr=3e-3)
     run(pixels, Prompts(sam, scenes, None), plan, decoder, args.work / "decoder.safetensors")
     plan = replace(plan, steps=args.steps, lr=1e-3, ema=0.998)
-    run(pixels, Prompts(sam, scenes, plan), plan, ("sam",), args.work / "all.safetensors")
+    prompts = Prompts(sam, scenes, plan)
+    run(pixels, prompts, plan, ("sam",), args.work / "all.safetensors")
+    more = replace(plan, steps=args.more, lr=6e-4)
+    run(pixels, lambda s: prompts(plan.steps + s), more, ("sam",), args.work / "more.safetensors")
 
 
 def run(
@@ -359,7 +362,8 @@ def run(
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights reached so far, as float16."""
-    weights = _fit.trained(args.work / "all.safetensors")
+    last = next(p for n in ("more", "all") if (p := args.work / f"{n}.safetensors").exists())
+    weights = _fit.trained(last)
     save_file(
         {k.removeprefix("sam."): v.half().contiguous().numpy() for k, v in weights.items()}, args.to
     )
@@ -371,6 +375,9 @@ def main() -> None:
     parser.add_argument("command", choices=("train", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of scenes and checkpoint")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--more", type=int, default=2000, help="steps with clicks and focal loss alone"
+    )
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--to", type=Path, default=Path("samcompress/core/tiny/model.safetensors"))
     args = parser.parse_args()
