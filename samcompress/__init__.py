@@ -13,7 +13,8 @@ from .core.data import Dataset, Sample, shapes
 from .core.history import Step, lineage
 from .core.load import load
 from .core.pipeline import Pipeline, list_recipes
-from .core.predict import Embedding, Prediction, Prompt, predict
+from .core.predict import Embedding, Prediction, predict
+from .core.prompt import Prompt
 from .core.registry import get, list_transforms, register
 from .core.transform import Context, Transform
 from .core.where import Where

@@ -8,7 +8,8 @@ from .contract import check_sam, parts
 from .history import Step, lineage
 from .load import load
 from .pipeline import Pipeline, list_recipes
-from .predict import Embedding, Prediction, Prompt, predict
+from .predict import Embedding, Prediction, predict
+from .prompt import Prompt
 from .registry import get, list_transforms, register
 from .transform import Context, State, Transform
 from .where import Where

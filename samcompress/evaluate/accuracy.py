@@ -18,7 +18,8 @@ from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Instance, Sample, Skipped, as_dataset
 from ..core.errors import ConfigError, DataError, ShapeError
-from ..core.predict import Embedding, Prediction, Prompt, check_inside, decode, encode
+from ..core.predict import Embedding, Prediction, decode, encode
+from ..core.prompt import Prompt, check_inside
 from .masks import Mask
 from .masks import encode as encode_mask
 from .protocol import Choice, Feedback, Protocol, Target, rounds

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.predict import Prompt, decode, encode
+from ..core.predict import decode, encode
+from ..core.prompt import Prompt
 
 
 def first_nonfinite(model: nn.Module, image: np.ndarray) -> str | None:

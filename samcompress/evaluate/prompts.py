@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ConfigError, DataError, closest
-from ..core.predict import Prompt
+from ..core.prompt import Prompt
 from .masks import Mask, farthest, tight_box
 
 NAMES = (

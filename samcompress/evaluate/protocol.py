@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, SamCompressError, closest
-from ..core.predict import Prediction, Prompt
+from ..core.predict import Prediction
+from ..core.prompt import Prompt
 from .masks import Mask, iou
 from .prompts import Rule
 from .stats import Average

@@ -12,7 +12,8 @@ import numpy as np
 from ..core.data import as_dataset
 from ..core.display import number
 from ..core.errors import DataError
-from ..core.predict import Prompt, decode, encode
+from ..core.predict import decode, encode
+from ..core.prompt import Prompt
 from .masks import boundary
 from .measures import Row, accuracy_of
 from .plots import BLUE, ORANGE, PINK, SKY, axes

@@ -13,7 +13,8 @@ from torch import nn
 
 import samcompress as sc
 from samcompress.core.data import Dataset
-from samcompress.core.predict import Prompt, decode, encode
+from samcompress.core.predict import decode, encode
+from samcompress.core.prompt import Prompt
 from samcompress.evaluate.accuracy import accuracies
 
 FOLDER = Path(sc.core.__file__).parent / "tiny"

@@ -19,7 +19,8 @@ from samcompress.core.data import Dataset, Sample
 from samcompress.core.data._dataset import Skips
 from samcompress.core.data._sample import Held
 from samcompress.core.errors import ConfigError, DataError, ModelError
-from samcompress.core.predict import Embedding, Prediction, Prompt
+from samcompress.core.predict import Embedding, Prediction
+from samcompress.core.prompt import Prompt
 from samcompress.evaluate.accuracy import Accuracy, accuracies, accuracy, agreement
 from samcompress.evaluate.masks import decode as decode_runs
 from samcompress.evaluate.masks import iou

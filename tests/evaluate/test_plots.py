@@ -12,7 +12,7 @@ import pytest
 
 import samcompress as sc
 from samcompress.core.errors import ConfigError, DataError
-from samcompress.core.predict import Prompt
+from samcompress.core.prompt import Prompt
 from samcompress.evaluate import plots
 from samcompress.evaluate.measures import measure, stages
 from samcompress.evaluate.report import Report

@@ -11,7 +11,8 @@ import torch
 
 from samcompress.core import data
 from samcompress.core.errors import ConfigError, DataError
-from samcompress.core.predict import Prediction, Prompt
+from samcompress.core.predict import Prediction
+from samcompress.core.prompt import Prompt
 from samcompress.evaluate.masks import farthest
 from samcompress.evaluate.prompts import Rule, generator, next_click, random_points
 from samcompress.evaluate.protocol import Decoder, Protocol, Target, rounds
