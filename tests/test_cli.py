@@ -236,7 +236,11 @@ def test_process_prints_version_and_hides_tracebacks() -> None:
 def test_interrupted_bench_keeps_finished_rows(tmp_path: Path) -> None:
     result = tmp_path / "r.json"
     words = ("bench", SAM, f"{SAM}@seed=1", "--data", DATA, "--json", result)
-    with start(*words, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    # A background job of a shell ignores Ctrl-C, and so would what it starts: the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = start(*words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    signal.signal(signal.SIGINT, before)
+    with process:
         deadline = time.monotonic() + 120
         while not result.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
