@@ -335,10 +335,7 @@ def train(args: argparse.Namespace) -> None:
     plan = replace(plan, steps=900, lr=3e-3)
     run(pixels, Prompts(sam, scenes, None), plan, decoder, args.work / "decoder.safetensors")
     plan = replace(plan, steps=args.steps, lr=1e-3, ema=0.998)
-    prompts = Prompts(sam, scenes, plan)
-    run(pixels, prompts, plan, ("sam",), args.work / "all.safetensors")
-    more = replace(plan, steps=args.more, lr=6e-4)
-    run(pixels, lambda s: prompts(plan.steps + s), more, ("sam",), args.work / "more.safetensors")
+    run(pixels, Prompts(sam, scenes, plan), plan, ("sam",), args.work / "all.safetensors")
 
 
 def run(
@@ -362,8 +359,7 @@ def run(
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights reached so far, as float16."""
-    last = next(p for n in ("more", "all") if (p := args.work / f"{n}.safetensors").exists())
-    weights = _fit.trained(last)
+    weights = _fit.trained(args.work / "all.safetensors")
     save_file(
         {k.removeprefix("sam."): v.half().contiguous().numpy() for k, v in weights.items()}, args.to
     )
@@ -374,10 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("train", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder of scenes and checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument(
-        "--more", type=int, default=2000, help="steps with clicks and focal loss alone"
-    )
+    parser.add_argument("--steps", type=int, default=3000, help="of the last lesson")
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--to", type=Path, default=Path("samcompress/core/tiny/model.safetensors"))
     args = parser.parse_args()

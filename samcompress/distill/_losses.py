@@ -34,10 +34,13 @@ def valid_cells(input_size: tuple[int, int], side: int, grid: tuple[int, int]) -
 
 
 def to_grid(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) embeddings on another grid: bilinear, averaged where it gets coarser."""
+    """(B, C, h, w) embeddings on another grid: means of cells if coarser, bilinear if finer."""
     if tuple(embedding.shape[-2:]) == tuple(grid):
         return embedding
-    return F.interpolate(embedding, grid, mode="bilinear", antialias=True)
+    # Plain means: a wider filter blurs, and cost more of the masks where we measured it.
+    if grid[0] < embedding.shape[-2]:
+        return F.interpolate(embedding, grid, mode="area")
+    return F.interpolate(embedding, grid, mode="bilinear")
 
 
 def embedding_loss(student: Tensor, teacher: Tensor, valid: Tensor, kind: Kind) -> Tensor:

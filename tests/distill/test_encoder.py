@@ -113,6 +113,7 @@ def test_to_grid() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert to_grid(x, (4, 4)) is x
     assert to_grid(x, (8, 8)).shape == (1, 1, 8, 8)
+    assert to_grid(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     # Coarser: nothing is skipped, so the mean stays.
     noise = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert to_grid(noise, (4, 4)).var() < 0.1 * noise.var()
