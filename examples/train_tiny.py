@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samcompress.core import _fit
 from samcompress.core._draws import batch, generator
+from samcompress.core._fit import Plan, fit, trained
+from samcompress.core._objective import Objective, Share
 from samcompress.core._progress import Progress
 from samcompress.core.build import build
 from samcompress.core.data import shapes
@@ -225,7 +225,46 @@ def terms(logits: Tensor, scores: Tensor, target: Tensor, focus: float) -> dict[
     }
 
 
-class Pixels(nn.Module):
+@dataclass(frozen=True)
+class Drawn:
+    """Images, the masks and boxes of their instances, and what goes on drawing from there."""
+
+    images: Tensor
+    target: Tensor
+    boxes: Tensor
+    generator: torch.Generator
+
+    @property
+    def weight(self) -> float:
+        """The number of instances."""
+        return float(len(self.target))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws the batches of a lesson, in one piece: its images share one generator.
+
+    Attributes:
+        scenes: to draw from.
+        lesson: its name is one of the generator's keys.
+        images: images a step.
+        each: instances an image.
+    """
+
+    scenes: Scenes
+    lesson: str
+    images: int
+    each: int
+
+    def draw(self, step: int, share: Share) -> Drawn:
+        """The batch of a step."""
+        assert share.count == 1
+        g = generator(SEED, self.lesson, step)
+        chosen = batch(len(self.scenes.images), self.images, seed=SEED, step=step)
+        return Drawn(*self.scenes.draw(chosen, self.each, g), g)
+
+
+class Pixels(Objective):
     """First lesson, without prompts: which pixels belong together.
 
     A small head that is thrown away looks at the features of one pixel, and has to find the other
@@ -233,9 +272,8 @@ class Pixels(nn.Module):
     beginning, the easiest mask would be the empty one.
     """
 
-    def __init__(self, sam: Sam, scenes: Scenes, *, images: int = 8, each: int = 12) -> None:
-        super().__init__()
-        self.sam, self.scenes, self.images, self.each = sam, scenes, images, each
+    def __init__(self, sam: Sam, scenes: Scenes) -> None:
+        super().__init__(sam, Draw(scenes, "pixels", images=8, each=12))
         coarse = sam.prompt_encoder.embed_dim
         fine = coarse // 8
         self.head = nn.Sequential(nn.Linear(coarse + fine, 64), nn.ReLU(), nn.Linear(64, fine))
@@ -244,15 +282,13 @@ class Pixels(nn.Module):
                 g = generator(SEED, "head", p.shape)
                 p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
 
-    def loss(self, step: int) -> Mapping[str, Tensor]:
-        """The loss of a step."""
-        g = generator(SEED, "pixels", step)
-        chosen = batch(len(self.scenes.images), self.images, seed=SEED, step=step)
-        images, target, _ = self.scenes.draw(chosen, self.each, g)
-        coarse = self.sam.image_encoder(self.sam.preprocess(images))
-        fine = self.sam.mask_decoder.output_upscaling(coarse)
-        point = (point_in((target >= 0.5).float(), g) + 0.5).long() // 2
-        owner = torch.arange(self.images).repeat_interleave(self.each)
+    def forward(self, drawn: Drawn, step: int) -> dict[str, Tensor]:
+        """Term ``pixels``."""
+        target, sam = drawn.target, self.student
+        coarse = sam.image_encoder(sam.preprocess(drawn.images))
+        fine = sam.mask_decoder.output_upscaling(coarse)
+        point = (point_in((target >= 0.5).float(), drawn.generator) + 0.5).long() // 2
+        owner = torch.arange(len(coarse)).repeat_interleave(len(target) // len(coarse))
         x, y = point.clamp(0, target.shape[-1] - 1).T
         seen = torch.cat([fine[owner, :, y, x], coarse[owner, :, y // 4, x // 4]], 1)
         logits = torch.einsum("pc,pchw->phw", self.head(seen), fine[owner])
@@ -261,33 +297,30 @@ class Pixels(nn.Module):
         return {"pixels": (bce * (target / inside + (1 - target) / outside)).sum((1, 2)).mean()}
 
 
-class Prompts:
+class Prompts(Objective):
     """The real thing: images, prompts and rounds are drawn from the step's own generator.
 
     Args:
         sam: the model.
         scenes: to learn from.
-        plan: its steps say how far training is: rounds of clicks begin after a quarter, the turn
-            from BCE to focal loss takes the middle third. None for neither.
-        images: images a step.
-        each: instances an image.
+        steps: say how far training is: rounds of clicks begin after a quarter, the turn from BCE to
+            focal loss takes the middle third. None for neither.
     """
 
-    def __init__(
-        self, sam: Sam, scenes: Scenes, plan: _fit.Plan | None, *, images: int = 6, each: int = 8
-    ) -> None:
-        self.sam, self.scenes, self.plan, self.images, self.each = sam, scenes, plan, images, each
+    def __init__(self, sam: Sam, scenes: Scenes, steps: int | None) -> None:
+        super().__init__(sam, Draw(scenes, "prompts", images=6, each=8))
+        self.steps = steps
 
-    def __call__(self, step: int) -> Mapping[str, Tensor]:
-        sam, done = self.sam, step / self.plan.steps if self.plan else 0.0
+    def forward(self, drawn: Drawn, step: int) -> dict[str, Tensor]:
+        """Terms ``single``, ``multi`` and ``score``, means over the rounds."""
+        sam, done = self.student, step / self.steps if self.steps else 0.0
         focus = min(max(3 * done - 1, 0.0), 1.0)
-        g = generator(SEED, "prompts", step)
-        chosen = batch(len(self.scenes.images), self.images, seed=SEED, step=step)
-        images, target, boxes = self.scenes.draw(chosen, self.each, g)
-        features = sam.image_encoder(sam.preprocess(images)).repeat_interleave(self.each, 0)
+        g, target = drawn.generator, drawn.target
+        features = sam.image_encoder(sam.preprocess(drawn.images))
+        features = features.repeat_interleave(len(target) // len(features), 0)
         with_box, with_mask = torch.rand(2, generator=g) < torch.tensor([0.45, 0.75])
         rounds = int(torch.randint(1, 4, (1,), generator=g)) if done > 0.25 else 1
-        box = jitter(boxes, sam.image_encoder.img_size, g) if with_box else None
+        box = jitter(drawn.boxes, sam.image_encoder.img_size, g) if with_box else None
         points = labels = mask = None
         if not with_box:
             points, labels = first_click(target, g)[:, None], torch.ones(len(target), 1)
@@ -320,48 +353,35 @@ def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     scenes = Scenes.make(args.scenes, SEED, 128, args.work / "scenes")
     sam = start(scenes)
-    pixels = Pixels(sam, scenes)
-    encoder = ("sam.image_encoder", "sam.mask_decoder.output_upscaling", "head")
+    encoder = ("student.image_encoder", "student.mask_decoder.output_upscaling")
     decoder = (
-        "sam.prompt_encoder",
+        "student.prompt_encoder",
         *(
-            f"sam.mask_decoder.{n}"
+            f"student.mask_decoder.{n}"
             for n, _ in sam.mask_decoder.named_children()
             if n != "output_upscaling"
         ),
     )
-    plan = _fit.Plan(steps=1200, lr=2e-3, warmup=0.04, weight_decay=0.02, clip=1.0, seed=SEED)
-    run(pixels, pixels.loss, plan, encoder, args.work / "pixels.safetensors")
+    plan = Plan(steps=1200, lr=2e-3, warmup=0.04, weight_decay=0.02, clip=1.0, seed=SEED)
+    run(Pixels(sam, scenes), plan, (*encoder, "head"), args.work / "pixels.safetensors")
     plan = replace(plan, steps=900, lr=3e-3)
-    run(pixels, Prompts(sam, scenes, None), plan, decoder, args.work / "decoder.safetensors")
+    run(Prompts(sam, scenes, None), plan, decoder, args.work / "decoder.safetensors")
     plan = replace(plan, steps=args.steps, lr=1e-3, ema=0.998)
-    run(pixels, Prompts(sam, scenes, plan), plan, ("sam",), args.work / "all.safetensors")
+    run(Prompts(sam, scenes, args.steps), plan, ("student",), args.work / "all.safetensors")
 
 
-def run(
-    model: nn.Module, loss: _fit.Loss, plan: _fit.Plan, parts: tuple[str, ...], place: Path
-) -> None:
-    """One stretch of training, its losses logged every 50 steps."""
-    recent: list[dict[str, float]] = []
-
-    def told(step: int) -> Mapping[str, Tensor]:
-        found = loss(step)
-        recent.append({k: float(v.detach()) for k, v in found.items()})
-        if len(recent) == 50:
-            means = {k: sum(r[k] for r in recent) / 50 for k in found}
-            text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-            log.info("%s, step %d  %s", place.stem, step + 1, text)
-            recent.clear()
-        return found
-
-    _fit.fit(model, told, plan, parts=parts, checkpoint=place, progress=Progress(True, "tiny"))
+def run(objective: Objective, plan: Plan, parts: tuple[str, ...], place: Path) -> None:
+    """One stretch of training; the engine logs its losses."""
+    log.info("%s", place.stem)
+    fit(objective, plan, parts=parts, checkpoint=place, progress=Progress(True, "tiny"))
 
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights reached so far, as float16."""
-    weights = _fit.trained(args.work / "all.safetensors")
+    weights = trained(args.work / "all.safetensors")
     save_file(
-        {k.removeprefix("sam."): v.half().contiguous().numpy() for k, v in weights.items()}, args.to
+        {k.removeprefix("student."): v.half().contiguous().numpy() for k, v in weights.items()},
+        args.to,
     )
 
 

@@ -37,6 +37,13 @@ CASES = (
     Case("prune.mlp", {"ratio": 0.5}, shrinks=("parameters", "bytes")),
     Case("attention.fused", exact=1e-4, twice="NoEffectError"),
     Case("distill.encoder", {"steps": 3, "batch_size": 2}),
+    Case("distill.prompt_loop", {"steps": 2, "batch_size": 2, "prompts": 2}),
+    Case("distill.full_stage", {"steps": 2, "batch_size": 2, "prompts": 2}),
+    Case("distill.layer_wise", {"steps": 2, "batch_size": 2}),
+    Case("distill.sami", {"steps": 2, "batch_size": 2, "decoder_depth": 1, "decoder_width": 32}),
+    Case("distill.align_bottleneck", {"steps": 2, "batch_size": 2}),
+    Case("distill.align_embedding", {"steps": 2, "batch_size": 2}),
+    Case("distill.supervised", {"steps": 2, "batch_size": 2, "prompts": 2, "rounds": 2}),
     Case("quantize.int8_weights", {"min_size": 0}, shrinks=("bytes",), twice="NoEffectError"),
     Case("compile.export", exact=1e-3, tolerance=1e-5, twice="OrderError"),
 )

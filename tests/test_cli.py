@@ -152,6 +152,14 @@ def test_bench_writes_results_page_and_picture(small: Path, tmp_path: Path) -> N
     assert {row["change ± 95 %"] for row in json.loads(compared.stdout)["rows"]} == {0.0}
 
 
+def test_bench_of_few_rounds_has_speed_and_memory(small: Path) -> None:
+    words = ("bench", SAM, small, "--data", "shapes:1", "--prompts", "box", "--json", "-")
+    rows = json.loads(run(*words, "--rounds", 2, "--threads", 1).stdout)["rows"]
+    assert [row["latency"]["end_to_end"]["n"] for row in rows] == [2, 2]
+    assert rows[1]["latency"]["vs_base"]["end_to_end"] > 0
+    assert all(row["memory"]["peak_mb"] > row["memory"]["baseline_mb"] > 0 for row in rows)
+
+
 def test_bench_prints_json_and_nothing_else() -> None:
     words = ("bench", SAM, "--data", "shapes:1", "--prompts", "box", "--quick", "--json", "-")
     document = json.loads(run(*words).stdout)

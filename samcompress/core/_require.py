@@ -8,7 +8,10 @@ from types import ModuleType
 from .errors import MissingDependencyError
 
 # The modules each extra of pyproject.toml brings; a step's `extras` are checked before any work.
-EXTRAS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "train": ("accelerate",),
+}
 
 
 def require(module: str, *, extra: str | None = None, purpose: str | None = None) -> ModuleType:

@@ -2,143 +2,317 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
+import os
+import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor, distributed, nn
 
+from ..core._objective import Share
 from ..core._progress import Progress
 from ..core.checkpoint import fingerprint
 from ..core.errors import CheckpointError, DataError
-from ..core.files import whole
+from ..core.files import whole, write_whole
 from ..core.predict import preprocess
+from ._embeddings import HEADER, VARIANTS, Embeddings, Variant, checksum
+from ._losses import valid_cells
 
 if TYPE_CHECKING:
     from ..core.data import Dataset
 
 log = logging.getLogger("samcompress.distill")
-SHARD = 64  # images a file: what a killed run loses at most
+SHARD = 64  # images a file, more in large sets: what a killed run loses at most
+FILES = 256  # from so many files on, they grow instead of becoming more
+SHARD_BYTES = 1 << 30
+ABANDONED = 3600.0  # seconds after which a half-written file has lost its writer
 LARGEST = 6e4  # float16 ends at 65504
 READY_BYTES = 1 << 30
+INDEX = "index.json"
+Dtype = Literal["float16", "float32"]
+Piece = tuple[Variant, int]
 
 
 class Teacher:
-    """The teacher's embeddings of a data set, each computed once and kept as float16.
+    """The teacher's image embeddings of a data set, each computed once.
+
+    In a folder they are kept as safetensors files, written whole and never again: a run that was
+    killed goes on with the files that are missing, and several processes can fill and read the
+    folder at the same time. Every file says which teacher, preprocessing and images it is of.
+    ``index.json`` lists the files once all are there.
 
     Args:
-        model: the teacher; left as it is.
+        model: the teacher; left as it is, used on the device it is on.
         data: the images.
-        folder: where to keep the embeddings, `SHARD` images a safetensors file; None for memory.
-
-    Raises:
-        CheckpointError: if the folder holds those of another teacher, preprocessing or data set.
+        folder: where to keep the embeddings; None for memory.
+        dtype: of the embeddings kept. float16 loses less than a student ever learns.
+        flip: also keep those of the mirrored images, for training that mirrors at random.
+        crop: keep only the cells that show the image, a third less for photos of 3 : 2. The rest
+            reads as 0, which is no embedding: a decoder sees the padding too, and so does a student
+            on another grid at the image's border. Only for losses cell by cell on one grid.
+        batch_size: images in one call of the teacher's encoder.
     """
 
-    def __init__(self, model: Any, data: Dataset, folder: Path | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        data: Dataset,
+        folder: Path | None,
+        *,
+        dtype: Dtype = "float16",
+        flip: bool = False,
+        crop: bool = False,
+        batch_size: int = 1,
+    ) -> None:
         self.model, self.data, self.folder = model, data, folder
+        self.crop, self.batch_size = crop, batch_size
+        self.variants = VARIANTS if flip else VARIANTS[:1]
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        shape = list(model.prompt_encoder.get_dense_pe().shape[1:])
+        self._image_bytes = math.prod(shape) * self.dtype.itemsize
+        keys = json.dumps([sample.id for sample in data])
         self.identity: dict[str, Any] = {
             "teacher": fingerprint(model.image_encoder),
+            "tap": "image_encoder",
             "image_size": model.image_encoder.img_size,
             "pixel_mean": model.pixel_mean.flatten().tolist(),
             "pixel_std": model.pixel_std.flatten().tolist(),
+            "resize": "longest side, as segment_anything",
+            "padding": "0 after normalising, below and right",
             "data": data.fingerprint,
-            "dtype": "float16",
+            # The data set's fingerprint does not depend on the order.
+            "order": hashlib.sha256(keys.encode()).hexdigest(),
+            "dtype": dtype,
+            "crop": crop,
+            "shape": shape,
+            "shard": self._images_a_file(),
         }
-        self._memory: dict[int, Tensor] = {}
+        self._embeddings = Embeddings(self.identity, folder)
 
-    def fill(self, progress: Progress) -> None:
-        """Compute what is missing."""
-        starts = range(0, len(self.data), SHARD)
-        todo = [s for s in starts if not self._there(s)]
-        images = [i for s in todo for i in range(s, min(s + SHARD, len(self.data)))]
-        cells = self.model.prompt_encoder.get_dense_pe()[0].numel()
-        log.info("teacher: %d images to encode, %.3g MB", len(images), len(images) * cells * 2e-6)
-        found: list[Tensor] = []
+    def fill(self, progress: Progress, *, share: Share | None = None) -> None:
+        """Compute what is missing.
+
+        Args:
+            progress: counts the images.
+            share: the part of the files that this process sees to. By default all; under
+                `torch.distributed` one part for each process, and all wait for one another.
+
+        Raises:
+            CheckpointError: if the folder holds embeddings of another teacher, preprocessing or
+                data set, a file of it is damaged, or the disk has not enough room.
+            DataError: if an image is damaged, or its embedding not finite.
+        """
+        together = share is None and self.folder is not None and _several()
+        pieces, missing = self._pieces(), self._missing()
+        self._announce(missing)
+        if together:
+            # All divide the same list, whoever looked first.
+            agreed = [missing]
+            distributed.broadcast_object_list(agreed)
+            pieces = agreed[0]
+            share = Share(distributed.get_rank(), distributed.get_world_size())
+        needed = set(missing)
+        mine = [piece for _, piece in (share or Share()).of(pieces) if piece in needed]
+        kept: list[tuple[Tensor, tuple[int, int]]] = []
+        count = sum(len(self._images(start)) for _, start in mine)
         with evaluating(self.model):
-            for index in progress.track(images, label="teacher", total=len(images)):
-                found.append(self._embed(index))
-                if len(found) == SHARD or index == len(self.data) - 1:
-                    self._keep(index + 1 - len(found), torch.stack(found))
-                    found.clear()
+            records = progress.track(self._encode(mine), label="teacher", total=count)
+            for (variant, start), record in records:
+                kept.append(record)
+                if len(kept) == len(self._images(start)):
+                    self._keep(variant, start, kept)
+                    kept = []
+        if together:
+            distributed.barrier()
+        if self.folder is not None:
+            self._finish(together=together)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """(B, C, h, w) float32 embeddings on the CPU."""
+    def read(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> Tensor:
+        """(B, C, h, w) float32 embeddings on the CPU, see `Embeddings.read`."""
+        return self._embeddings.read(indices, flipped)
+
+    def reader(self) -> Embeddings:
+        """Reads the same without the model, in other processes too; take it after `fill`."""
+        return self._embeddings
+
+    def _images_a_file(self) -> int:
+        room: int = max(1, SHARD_BYTES // self._image_bytes)
+        return min(max(SHARD, -(-len(self.data) // FILES)), room)
+
+    def _images(self, start: int) -> range:
+        return range(start, min(start + self.identity["shard"], len(self.data)))
+
+    def _pieces(self) -> list[Piece]:
+        starts = range(0, len(self.data), self.identity["shard"])
+        return [(variant, start) for start in starts for variant in self.variants]
+
+    def _missing(self) -> list[Piece]:
+        return [piece for piece in self._pieces() if not self._embeddings.has(*piece)]
+
+    def _announce(self, missing: Sequence[Piece]) -> None:
+        """Say what it costs, and refuse what does not fit."""
+        images = [i for _, start in missing for i in self._images(start)]
+        size = len(images) * self._image_bytes
+        if self.crop:
+            size = sum(self._cropped_bytes(i) for i in images)
         if self.folder is None:
-            return torch.stack([self._memory[i] for i in indices]).float()
-        rows: dict[int, Tensor] = {}
-        for start in {i - i % SHARD for i in indices}:
-            with safe_open(self._path(start), framework="pt") as file:
-                shard = file.get_slice("embedding")
-                rows |= {i: shard[i - start] for i in indices if i - i % SHARD == start}
-        return torch.stack([rows[i] for i in indices]).float()
-
-    def _embed(self, index: int) -> Tensor:
-        sample = self.data[index]
-        ready, _ = preprocess(self.model, sample.image)
-        embedding: Tensor
-        with torch.no_grad():
-            embedding = self.model.image_encoder(ready[None])[0].float()
-        largest = float(embedding.abs().max())
-        if not largest <= LARGEST:  # also true of NaN
-            raise DataError(
-                "the teacher's embedding of an image cannot be used.",
-                where=f"image {sample.id}",
-                got=f"a largest value of {largest:g}",
-                expected=f"finite values up to {LARGEST:g}",
-                fix="look for NaN in the teacher's weights, or leave the image out",
-            )
-        return embedding.half().cpu()
-
-    def _path(self, start: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"teacher-{start:07d}.safetensors"
-
-    def _keep(self, start: int, embeddings: Tensor) -> None:
-        if self.folder is None:
-            self._memory |= dict(enumerate(embeddings, start))
+            log.info("teacher: %d images to encode, %s of memory", len(images), _text(size))
             return
-        with whole(self._path(start)) as temporary:
-            try:
-                save_file(
-                    {"embedding": embeddings},
-                    temporary,
-                    metadata={"samcompress": json.dumps(self.identity)},
+        # The folder may not be there yet.
+        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        log.info(
+            "teacher: %d images to encode, %s in %s, where %s are free",
+            len(images),
+            _text(size),
+            self.folder,
+            _text(free),
+        )
+        if size > free:
+            raise CheckpointError(
+                "there is no room for the teacher's embeddings.",
+                where=str(self.folder),
+                got=f"{_text(free)} free",
+                expected=f"{_text(size)} for {len(images)} images",
+                fix="workdir= on another disk, or fewer images",
+            )
+
+    def _cropped_bytes(self, index: int) -> int:
+        size = ResizeLongestSide.get_preprocess_shape(
+            *self.data[index].size, self.identity["image_size"]
+        )
+        rows, columns = self._cells(size)
+        channels: int = self.identity["shape"][0]
+        return channels * rows * columns * self.dtype.itemsize
+
+    def _cells(self, input_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns to keep."""
+        _, height, width = self.identity["shape"]
+        if not self.crop:
+            return height, width
+        valid = valid_cells(input_size, self.identity["image_size"], (height, width))[0]
+        return int(valid[:, 0].sum()), int(valid[0].sum())
+
+    def _encode(
+        self, pieces: Sequence[Piece]
+    ) -> Iterator[tuple[Piece, tuple[Tensor, tuple[int, int]]]]:
+        """Each image's embedding, as it is kept, and its size inside the padding."""
+        for variant, start in pieces:
+            # Another process may have been here in the meantime.
+            if self._embeddings.has(variant, start):
+                continue
+            images = self._images(start)
+            for first in range(start, images.stop, self.batch_size):
+                batch = range(first, min(first + self.batch_size, images.stop))
+                for record in self._embed(batch, mirrored=variant == "flip"):
+                    yield (variant, start), record
+
+    @torch.no_grad()
+    def _embed(
+        self, batch: Sequence[int], *, mirrored: bool
+    ) -> list[tuple[Tensor, tuple[int, int]]]:
+        images = [self.data[i].image for i in batch]
+        if mirrored:
+            images = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+        ready = [preprocess(self.model, image) for image in images]
+        embeddings = self.model.image_encoder(torch.stack([image for image, _ in ready])).float()
+        records = []
+        for index, embedding, (_, size) in zip(batch, embeddings, ready, strict=True):
+            largest = float(embedding.abs().max())
+            if not largest <= LARGEST:  # also true of NaN
+                raise DataError(
+                    "the teacher's embedding of an image cannot be used.",
+                    where=f"image {self.data[index].id}",
+                    got=f"a largest value of {largest:g}",
+                    expected=f"finite values up to {LARGEST:g}",
+                    fix="look for NaN in the teacher's weights, or leave the image out",
                 )
+            rows, columns = self._cells(size)
+            kept = embedding[:, :rows, :columns].to("cpu", self.dtype)
+            records.append((kept.contiguous(), size))
+        return records
+
+    def _keep(
+        self, variant: Variant, start: int, records: Sequence[tuple[Tensor, tuple[int, int]]]
+    ) -> None:
+        if self.folder is None:
+            for index, (record, _) in enumerate(records, start):
+                self._embeddings.memory[variant, index] = record
+            return
+        if self._embeddings.has(variant, start):
+            return
+        header = {
+            **self.identity,
+            "variant": variant,
+            "keys": [self.data[i].id for i in self._images(start)],
+            "crc32": [checksum(record) for record, _ in records],
+        }
+        tensors = {
+            "embedding": torch.cat([record.flatten() for record, _ in records]),
+            "cells": torch.tensor([record.shape[1:] for record, _ in records], dtype=torch.int32),
+            "hw": torch.tensor([size for _, size in records], dtype=torch.int32),
+        }
+        with whole(self._embeddings.path(variant, start)) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
             except SafetensorError as err:
                 raise OSError(str(err)) from err
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
 
-    def _there(self, start: int) -> bool:
-        if self.folder is None or not self._path(start).exists():
-            return False
-        path = self._path(start)
-        try:
-            with safe_open(path, framework="pt") as file:
-                other = json.loads((file.metadata() or {})["samcompress"])
-                file.get_slice("embedding")
-        except (OSError, SafetensorError, KeyError, ValueError) as err:
+    def _finish(self, *, together: bool) -> None:
+        """List the files once all are there, and clear away what killed processes left."""
+        assert self.folder is not None
+        for part in self.folder.glob(".*.part"):
+            with suppress(OSError):
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
+        missing = self._missing()
+        if missing and together:
             raise CheckpointError(
-                "cached teacher embeddings cannot be read.",
-                where=str(path),
-                got=f"{type(err).__name__}: {err}",
-                fix="delete the file; its images will be encoded again",
-            ) from err
-        for field, mine in self.identity.items():
-            if other.get(field) != mine:
-                raise CheckpointError(
-                    f"the cached teacher embeddings do not belong to this run: {field} differs.",
-                    where=str(path.parent),
-                    got=other.get(field),
-                    expected=mine,
-                    fix="another workdir=, or delete the folder to encode the images again",
-                )
-        return True
+                "embeddings that other processes computed are not here.",
+                where=str(self._embeddings.path(*missing[0])),
+                expected="one folder that all processes and machines see",
+                fix="workdir= on a shared disk",
+            )
+        if missing:
+            return
+        document = {"format": 1, "identity": self.identity, "files": self._files()}
+        content = f"{json.dumps(document)}\n".encode()
+        index = self.folder / INDEX
+        if not index.exists() or index.read_bytes() != content:
+            write_whole(index, content)
+
+    def _files(self) -> list[dict[str, Any]]:
+        found = []
+        for variant in VARIANTS:
+            for start in range(0, len(self.data), self.identity["shard"]):
+                path = self._embeddings.path(variant, start)
+                if path.exists():
+                    keys = [self.data[i].id for i in self._images(start)]
+                    facts = {"file": path.name, "bytes": path.stat().st_size, "keys": keys}
+                    found.append(facts)
+        return found
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _text(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 class Ready:

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import _fit
 from ..core._draws import batch
-from ..core.checkpoint import fingerprint
-from ..core.errors import ConfigError, ModelError, NoEffectError
+from ..core._objective import Objective, Share
+from ..core.contract import device_of
+from ..core.errors import ModelError, NoEffectError
 from ..core.registry import register
-from ..core.transform import Context, State, Transform
+from ..core.transform import Context
 from ._cache import Ready, Teacher, evaluating
+from ._embeddings import Embeddings
+from ._learner import JUDGED, SAME, Learner
 from ._losses import Kind, embedding_loss, to_grid, valid_cells
 
-log = logging.getLogger("samcompress.distill")
+if TYPE_CHECKING:
+    from ..core.data import Dataset
+
 PART = "image_encoder"
-MEASURED = 64  # images by which the loss before and after is judged
-SAME = 1e-6  # relative; below it lies what float16 in the cache loses
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Encoder(Transform, family="distill", phase=40):
+class Encoder(Learner, family="distill", phase=40):
     """Train the image encoder until its embeddings equal the original model's.
 
     Use it after any step that changed the encoder: a smaller image size, pruned units, approximate
@@ -52,6 +49,10 @@ class Encoder(Transform, family="distill", phase=40):
             falls along a cosine. 2e-4 suits batches of 8 and large models, 1e-3 batches of 64 or
             small models such as `tiny`.
         weight_decay: of weights; biases and norms have none. >= 0.
+        ema: decay of an average of the weights, which is then the result; None for none.
+        accumulate: micro-batches a step is computed in, to save memory, >= 1; same result.
+        precision: ``bf16`` computes most products in bfloat16.
+        workers: processes that read images; 0 for none. Changes nothing but the time.
         seed: of the order of images.
 
     Raises:
@@ -85,123 +86,109 @@ class Encoder(Transform, family="distill", phase=40):
     needs_teacher: ClassVar[bool] = True
 
     loss: Kind = "mse"
-    epochs: float = 10.0
-    steps: int | None = None
-    batch_size: int = 8
     lr: float = 2e-4
-    weight_decay: float = 0.01
-    seed: int = 0
 
-    @property
-    def needs_data(self) -> bool:
-        """Always."""
-        return True
-
-    def validate(self) -> None:
-        """Check the fields."""
-        self.between("epochs", 0, float("inf"))
-        self.between("lr", 0, float("inf"))
-        self.between("weight_decay", 0, 1, closed=True)
-        for name in ("steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"{self.label}: {name} is out of range.", got=value, expected=">= 1"
-                )
-
-    def check(self, model: nn.Module) -> None:
-        """Check that the encoder has weights that can be trained."""
-        _fit.trainable(model, (PART,))
-
-    def apply(self, model: nn.Module, ctx: Context) -> State:
-        """Train."""
+    def objective(self, model: nn.Module, ctx: Context, steps: int) -> Objective:
+        """The distance to the teacher's embeddings, which are computed now."""
         original = ctx.original
         _check_channels(model, original)
         teacher = Teacher(original, ctx.data, ctx.workdir and ctx.workdir / "teacher")
         teacher.fill(ctx.progress)
-        objective = Objective(model, teacher, Ready(model, ctx.data), self)
-        before, error = objective.measure()
-        if error < SAME:
+        source = Images(ctx.data, teacher.reader(), Ready(model, ctx.data), self)
+        objective = Imitation(model, source, self.loss)
+        if objective.error() < SAME:
             raise NoEffectError(
                 f"{self.label} has nothing to learn.",
                 got="a student whose embeddings equal the teacher's already",
                 expected="a step before it that changes the encoder's output",
                 fix="teacher=, the model to imitate: without it that is the one that came in",
             )
-        images = len(ctx.data)
-        steps = self.steps or max(1, round(self.epochs * images / self.batch_size))
-        plan = _fit.Plan(
-            steps=steps, lr=self.lr, weight_decay=self.weight_decay, clip=5.0, seed=self.seed
-        )
-        identity = {
-            **teacher.identity,
-            **self.params(),
-            "steps": steps,
-            "student": fingerprint(model),
-        }
-        run = _fit.fit(
-            model,
-            objective,
-            plan,
-            parts=(PART,),
-            checkpoint=_place(ctx.workdir, identity),
-            identity=identity,
-            progress=ctx.progress,
-        )
-        after, _ = objective.measure()
-        log.info("%s: loss %.4g -> %.4g in %d steps", self.label, before, after, run.step)
-        return {
-            "loss_before": before,
-            "loss_after": after,
-            "images": images,
-            "steps": run.step,
-            "skipped": run.skipped,
-            "curve": run.curve(),
-        }
+        return objective
 
-    def rebuild(self, model: nn.Module, state: State) -> State:
-        """Nothing to do: no shape has changed."""
-        return state
+    def judge(self, objective: Any) -> float:
+        """Mean loss of images spread evenly over the data."""
+        found: float = objective.measure()
+        return found
 
 
-class Objective:
-    """The loss of a step, and of the images by which the student is judged."""
+@dataclass(frozen=True)
+class Pairs:
+    """Images and what the teacher makes of them.
 
-    def __init__(self, model: nn.Module, teacher: Teacher, ready: Ready, settings: Encoder) -> None:
-        self.encoder, self.teacher, self.ready = model.get_submodule(PART), teacher, ready
-        self.settings = settings
-        self.n = len(teacher.data)
+    Attributes:
+        images: (B, 3, S, S), normalised and padded.
+        sizes: height and width of each image inside the padding.
+        teacher: (B, C, h, w).
+    """
 
-    def __call__(self, step: int) -> Mapping[str, Tensor]:
-        """The loss of a step's batch."""
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    teacher: Tensor
+
+    @property
+    def weight(self) -> float:
+        """The number of images."""
+        return float(len(self.images))
+
+
+class Images:
+    """Draws the pairs of a step."""
+
+    def __init__(self, data: Dataset, teacher: Embeddings, ready: Ready, settings: Encoder) -> None:
+        self.data, self.teacher, self.ready, self.settings = data, teacher, ready, settings
+
+    def draw(self, step: int, share: Share) -> Pairs:
+        """A part of the batch of a step."""
         s = self.settings
-        student, teacher, valid = self._pair(batch(self.n, s.batch_size, seed=s.seed, step=step))
-        return {"embedding": embedding_loss(student, teacher, valid, s.loss)}
+        chosen = batch(len(self.data), s.batch_size, seed=s.seed, step=step)
+        return self.pairs([index for _, index in share.of(chosen)])
+
+    def pairs(self, indices: list[int]) -> Pairs:
+        """Those of chosen images."""
+        images, sizes = self.ready.read(indices)
+        return Pairs(images.cpu(), sizes, self.teacher.read(indices))
+
+
+class Imitation(Objective):
+    """The distance of the student's embeddings to the teacher's."""
+
+    source: Images
+
+    def __init__(self, student: nn.Module, source: Images, kind: Kind) -> None:
+        super().__init__(student, source)
+        self.kind = kind
+
+    def forward(self, drawn: Pairs, step: int) -> dict[str, Tensor]:
+        """Term ``embedding``."""
+        return {"embedding": embedding_loss(*self._three(drawn), self.kind)}
 
     @torch.no_grad()
-    def measure(self) -> tuple[float, float]:
-        """Loss, and squared error over the teacher's own square, of up to `MEASURED` images."""
-        count = min(self.n, MEASURED)
-        sums = torch.zeros(3, dtype=torch.float64)
-        with evaluating(self.encoder):
+    def measure(self) -> float:
+        """Mean loss of up to `JUDGED` images."""
+        n = len(self.source.data)
+        count = min(n, JUDGED)
+        total = 0.0
+        with evaluating(self):
             for i in range(count):
-                student, teacher, valid = self._pair([i * self.n // count])
-                zero = torch.zeros_like(teacher)
-                sums += torch.stack(
-                    [
-                        embedding_loss(student, teacher, valid, self.settings.loss),
-                        embedding_loss(student, teacher, valid, "mse"),
-                        embedding_loss(zero, teacher, valid, "mse"),
-                    ]
-                ).cpu()
-        return float(sums[0]) / count, float(sums[1] / sums[2])
+                three = self._three(self.source.pairs([i * n // count]))
+                total += float(embedding_loss(*three, self.kind))
+        return total / count
 
-    def _pair(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        images, sizes = self.ready.read(indices)
-        student = self.encoder(images)
+    @torch.no_grad()
+    def error(self) -> float:
+        """Squared error over the teacher's own square, of an image or two."""
+        with evaluating(self):
+            student, teacher, valid = self._three(self.source.pairs([0, len(self.source.data) - 1]))
+        own = embedding_loss(torch.zeros_like(teacher), teacher, valid, "mse")
+        return float(embedding_loss(student, teacher, valid, "mse") / own)
+
+    def _three(self, drawn: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, h, w) of student and teacher, and (B, 1, h, w) cells that count."""
+        images = drawn.images.to(device_of(self.student))
+        student = self.student.get_submodule(PART)(images)
         height, width = student.shape[-2:]
-        cells = [valid_cells(size, images.shape[-1], (height, width)) for size in sizes]
-        teacher = to_grid(self.teacher.read(indices).to(student.device), (height, width))
+        cells = [valid_cells(size, images.shape[-1], (height, width)) for size in drawn.sizes]
+        teacher = to_grid(drawn.teacher.to(student.device), (height, width))
         return student, teacher, torch.stack(cells).to(student.device)
 
 
@@ -214,11 +201,3 @@ def _check_channels(student: Any, teacher: Any) -> None:
             expected="the same number of channels; the grids may differ",
             fix="a teacher= of the same family as the student",
         )
-
-
-def _place(workdir: Path | None, identity: Mapping[str, Any]) -> Path | None:
-    """A checkpoint file of this run alone, so that two runs can share a folder."""
-    if workdir is None:
-        return None
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return workdir / f"distill-encoder-{digest[:12]}.safetensors"

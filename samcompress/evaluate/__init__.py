@@ -3,6 +3,7 @@
 | name | answers |
 |---|---|
 | `accuracy`, `accuracies` | how good are the masks, by a named protocol? |
+| `average_precision` | AP and AR of masks, as COCO defines them |
 | `latency` | how long does each part take on this device? |
 | `memory` | how much memory does it need, in a fresh process? |
 | `macs`, `parameters`, `bytes_on_disk` | how large is it, and how much must it compute? |
@@ -13,6 +14,7 @@
 """
 
 from .accuracy import Accuracy, accuracies, accuracy, agreement
+from .ap import AveragePrecision, average_precision
 from .benchmark import benchmark
 from .compare import Comparison, compare
 from .environment import doctor, environment
@@ -25,6 +27,7 @@ from .summary import Summary, summary
 
 __all__ = [
     "Accuracy",
+    "AveragePrecision",
     "Comparison",
     "Latency",
     "Macs",
@@ -36,6 +39,7 @@ __all__ = [
     "accuracies",
     "accuracy",
     "agreement",
+    "average_precision",
     "benchmark",
     "bytes_on_disk",
     "compare",

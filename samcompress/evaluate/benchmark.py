@@ -39,7 +39,7 @@ def benchmark(
     accuracy: bool = True,
     latency: bool = True,
     memory: bool = True,
-    rounds: Rounds | None = None,
+    rounds: Rounds | int | None = None,
     batches: Sequence[int] = (),
     threads: int | None = None,
     batch_size: int = 1,
@@ -66,9 +66,11 @@ def benchmark(
         devices: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         base: name of the model the others are compared with; the first if left out.
         accuracy: measure it.
-        latency: measure it; other models take turns with the base, call by call.
+        latency: measure it; other models take turns with the base, call by call, and tables show
+            their times as the base's over the ratio so found.
         memory: measure it, in a process of its own for each row.
-        rounds: how often calls are repeated; ``Rounds.quick()`` for a first look.
+        rounds: how often calls are repeated; ``Rounds.quick()`` for a first look; a number for
+            exactly so many calls, see `Rounds.exactly`.
         batches: batch sizes for the encoder's throughput.
         threads: CPU threads inside an operator for speed and memory.
         batch_size: images encoded at once for accuracy.
@@ -101,7 +103,7 @@ def benchmark(
         accuracy=accuracy,
         latency=latency,
         memory=memory,
-        rounds=rounds or Rounds(),
+        rounds=Rounds.exactly(rounds) if isinstance(rounds, int) else rounds or Rounds(),
         batches=tuple(batches),
         threads=threads,
         batch_size=batch_size,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.display import Cell, Column, Table
 from ..core.errors import ConfigError
+from .measures import milliseconds
 from .records import Accuracy
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def compare(first: Report | str | Path, second: Report | str | Path) -> Comparis
     if not same_machine:
         notes.append("times are not compared: the machines differ")
     speeds = [
-        Speed(*key, *(r["latency"]["end_to_end"]["median_ms"] for r in (rows[key], others[key])))
+        Speed(*key, *(milliseconds(r, "end_to_end")[0] for r in (rows[key], others[key])))
         for key in common
         if same_machine and rows[key].get("latency") and others[key].get("latency")
     ]

@@ -62,6 +62,12 @@ class Rounds:
         """Few calls, for a first look: the figures are rougher, the method is the same."""
         return cls(warmup_calls=2, warmup_seconds=0.05, calls=5, seconds=0.25, max_seconds=20.0)
 
+    @classmethod
+    def exactly(cls, calls: int) -> Rounds:
+        """So many calls after the first, however long they take: for models of many seconds."""
+        day = 86_400.0
+        return cls(warmup_calls=1, warmup_seconds=0, calls=calls, seconds=0, max_seconds=day)
+
     def to_dict(self) -> dict[str, float]:
         """Plain JSON values."""
         return asdict(self)

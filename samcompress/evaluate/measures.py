@@ -50,12 +50,20 @@ def _plain(*path: str, scale: float = 1.0) -> Callable[[Row], Value]:
     return read
 
 
-def _timing(part: str) -> Callable[[Row], Value]:
-    def read(row: Row) -> Value:
-        median, spread = (_at(row, "latency", part, key) for key in ("median_ms", "iqr_ms"))
-        return median, None if spread is None else spread / 2
+def milliseconds(row: Row, part: str) -> Value:
+    """Median time of a part and half its interquartile range, as shown.
 
-    return read
+    Rows are timed in different minutes, each in turns with the base. What the machine did meanwhile
+    is taken out by what it did to the base: the time shown is the base's, from the base's own row,
+    over the ratio of the calls in turns. So times never contradict `speedup`.
+    """
+    median, spread = (_at(row, "latency", part, key) for key in ("median_ms", "iqr_ms"))
+    scale = _at(row, "latency", "scale", part) or 1.0
+    return (None, None) if median is None else (scale * median, scale * spread / 2)
+
+
+def _timing(part: str) -> Callable[[Row], Value]:
+    return lambda row: milliseconds(row, part)
 
 
 def _peak(row: Row) -> Value:
@@ -80,8 +88,7 @@ MEASURES = {
 def speedup(row: Row, base: Row) -> float | None:
     """How many times as fast as the base for one image and one prompt.
 
-    The ratio of calls that took turns with the base's, where the row has it: the two medians alone
-    may come from a busy and from a quiet minute.
+    The ratio of calls that took turns with the base's, where the row has it.
     """
     if row is base:
         return 1.0

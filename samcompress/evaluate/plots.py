@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.display import number
 from ..core.errors import ConfigError, DataError
-from .measures import Row, measure, stages
+from .measures import Row, measure, milliseconds, stages
 from .stats import pareto as frontier
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def time_split(
     places = np.arange(len(rows))[::-1]
     left = np.zeros(len(rows))
     for key, label, times, colour in parts:
-        width = times * np.array([r["latency"][key]["median_ms"] for r in rows])
+        width = times * np.array([milliseconds(r, key)[0] for r in rows])
         ax.barh(places, width, 0.6, left=left, label=label, color=colour)
         left += width
     for place, total in zip(places, left, strict=True):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AGREES = 0.9  # mean IoU to the base's masks below which a model no longer says the same
 SLOWER = 0.97  # speed-up below which it is no longer the noise of a quiet machine
+_TURNS = "speed-up: calls in turns with the base's; ms of others: the base's over that ratio"
 _FLAG = "! slower than the base, or masks that agree with the base's by an IoU below 0.9"
 
 
@@ -189,7 +190,7 @@ class Report:
             protocol = next(entry["protocol"] for entry in entries if entry)
             notes.append(f"{slot_name(slot, known)}: {protocol}")
         if any((row.get("latency") or {}).get("vs_base") for row in rows):
-            notes.append("speed-up: from calls that took turns with the base's, minute by minute")
+            notes.append(_TURNS)
         if any(cell.mark == "red" for cells in body for cell in cells):
             notes.append(_FLAG)
         notes += [

@@ -158,7 +158,7 @@ def measure_row(row: Row, subject: Subject, base: Subject, base_row: Row | None,
         if row["status"] == "measured" and job.accuracy:
             row["accuracy"] = _accuracy(subject, base_row, job)
         if row["status"] == "measured" and job.latency:
-            row["latency"] = _try(row, "latency", lambda: _latency(subject, base, job))
+            row["latency"] = _try(row, "latency", lambda: _latency(subject, base, base_row, job))
     except NonFiniteError as err:
         _broken(row, _search(subject, job), str(err.where))
     except FAILURES as err:
@@ -220,7 +220,7 @@ def _accuracy(subject: Subject, base_row: Row | None, job: Job) -> list[Row]:
     return entries
 
 
-def _latency(subject: Subject, base: Subject, job: Job) -> Row:
+def _latency(subject: Subject, base: Subject, base_row: Row | None, job: Job) -> Row:
     models = {"this": subject.model} | ({} if subject is base else {"base": base.model})
     image = next(job.data.readable()).image
     times = latency_many(
@@ -231,6 +231,12 @@ def _latency(subject: Subject, base: Subject, job: Job) -> Row:
         entry["vs_base"] = {
             part: getattr(times["base"], part).median_ms / getattr(times["this"], part).median_ms
             for part in PARTS
+        }
+    own = (base_row or {}).get("latency")
+    if "base" in times and own:
+        # The machine may be busier now than it was when the base's own row was measured.
+        entry["scale"] = {
+            part: own[part]["median_ms"] / getattr(times["base"], part).median_ms for part in PARTS
         }
     return entry
 

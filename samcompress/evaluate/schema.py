@@ -57,6 +57,9 @@ LATENCY = _object(
         "threads": COUNT,
         # Median of the base over this median, from calls that took turns in the same minutes.
         "vs_base": {"type": "object", "additionalProperties": NUMBER},
+        # Median of the base in its own row over its median in these minutes: times of this row are
+        # shown times this, so that all shown times are of the same minutes.
+        "scale": {"type": "object", "additionalProperties": NUMBER},
     },
 )
 

@@ -18,6 +18,7 @@ import samcompress as sc
 from samcompress.core.errors import BackendError, CheckpointError, ConfigError, DataError
 from samcompress.evaluate import Report, Rounds, benchmark, compare
 from samcompress.evaluate.finite import first_nonfinite
+from samcompress.evaluate.measures import milliseconds
 from samcompress.evaluate.schema import check
 
 ROW = importlib.import_module("samcompress.evaluate.row")
@@ -69,6 +70,9 @@ def test_everything_of_a_row(models: dict[str, nn.Module], data: Any, tmp_path: 
     assert other["latency"]["vs_base"].keys() == {
         "preprocess", "encoder", "prompt", "postprocess", "end_to_end"
     }  # fmt: skip
+    for part, ratio in other["latency"]["vs_base"].items():
+        assert milliseconds(base, part)[0] == base["latency"][part]["median_ms"]
+        assert milliseconds(base, part)[0] / milliseconds(other, part)[0] == pytest.approx(ratio)
     assert set(base["latency"]["throughput"]["images_per_s"]) == {"1", "2"}
     assert other["weights_sha256"] != base["weights_sha256"]
     assert [a["prompt"] for a in base["accuracy"]] == ["box", "center"]

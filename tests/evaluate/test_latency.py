@@ -110,6 +110,12 @@ def test_limits_of_time() -> None:
     assert time_many({"s": stub}, device("cpu"), long)["s"].n >= 5
 
 
+def test_exactly_so_many_calls_after_the_first() -> None:
+    calls: list[int] = []
+    timing = time_many({"s": lambda: calls.append(0)}, device("cpu"), Rounds.exactly(4))["s"]
+    assert (timing.n, len(calls)) == (4, 5)
+
+
 def test_statistics_by_hand() -> None:
     timing = time_many({"s": lambda: None}, device("cpu"), FEW)["s"]
     timing = type(timing)((1.0, 2.0, 3.0, 4.0, 5.0), 9.0, 3.0)

@@ -131,6 +131,7 @@ def test_waterfall_needs_steps(report: Report) -> None:
 def test_time_split_counts_every_prompt(report: Report) -> None:
     one, many = (report.time_split(prompts=p).axes[0] for p in (1, 10))
     assert texts(one.figure)[0] == "21.3"  # 0.8 + 16 + 4 + 0.5
+    assert texts(one.figure)[1] == "15.3"  # of another model as if measured beside the base
     assert texts(many.figure)[0] == "61.8"  # 0.8 + 16 + 10 * (4 + 0.5)
     labels = [t.get_text() for t in many.get_legend().get_texts()]
     assert labels == ["resize", "image encoder", "10 prompts", "masks to full size"]
@@ -229,6 +230,7 @@ def test_measures_read_their_rows(report: Report) -> None:
     row = report.rows[0]
     assert measure("parameters", report.rows).read(row) == (1.02, None)
     assert measure("latency_ms", report.rows).read(row) == (20.0, 1.0)
+    assert measure("latency_ms", report.rows).read(report.rows[1]) == pytest.approx((14.0, 0.7))
     assert measure("miou:center", report.rows).read(row) == pytest.approx((0.7, 0.02))
     assert measure("memory_mb", report.rows).read(report.rows[4]) == (None, None)
 

@@ -43,6 +43,8 @@ def test_numbers_are_values(report: Report) -> None:
     assert pruned["change box"] == pytest.approx(-0.02)
     assert pruned["change box ±"] == pytest.approx(0.004)
     assert pruned["speed-up"] == pytest.approx(20 / 14)
+    assert pruned["image encoder + 1 prompt"] == pytest.approx(14)
+    assert report.rows[1]["latency"]["end_to_end"]["median_ms"] == 17.5  # in busier minutes
 
 
 def test_speed_up_is_that_of_calls_in_turns() -> None:

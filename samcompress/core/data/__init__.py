@@ -8,12 +8,13 @@
 | `sa1b(paths)` | SA-1B: loose pairs or tar shards |
 | `masks(folder)` | images with mask PNGs |
 | `open(spec)` | any of these, by what is there |
+| `join(a, b)` | several data sets as one |
 """
 
 from __future__ import annotations
 
 from ._coco import coco, lvis
-from ._dataset import Dataset, Skipped, as_dataset
+from ._dataset import Dataset, Skipped, as_dataset, join
 from ._masks import masks
 from ._open import open_data as open  # noqa: A004 - always written data.open
 from ._sa1b import sa1b
@@ -29,6 +30,7 @@ __all__ = [
     "Skipped",
     "as_dataset",
     "coco",
+    "join",
     "lvis",
     "masks",
     "open",

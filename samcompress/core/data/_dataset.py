@@ -10,7 +10,7 @@ from typing import Literal, overload
 
 from ..errors import ConfigError, DataError
 from ._annotation import reason_of
-from ._sample import Held, Id, Packed, Sample, sha256
+from ._sample import Held, Id, Packed, Renamed, Sample, sha256
 
 OnError = Literal["skip", "raise"]
 
@@ -102,6 +102,11 @@ class Dataset(Sequence[Sample]):
         """Everything left out so far, each named once."""
         return self._skips.all()
 
+    @property
+    def on_error(self) -> OnError:
+        """Whether damage found later is left out or stops the work."""
+        return self._skips.on_error
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over ids and annotations, whatever the order and wherever the files lie."""
@@ -122,35 +127,48 @@ class Dataset(Sequence[Sample]):
                 ``on_error="raise"``.
         """
         for sample in self:
+            held = self.hold(sample)
+            if held is not None:
+                yield held
+
+    def hold(self, sample: Sample) -> Sample | None:
+        """One sample in memory, without what cannot be decoded; see `readable`.
+
+        Returns:
+            None if its picture cannot be decoded.
+
+        Raises:
+            DataError: at such a find, if the data set was opened with ``on_error="raise"``.
+        """
+        try:
+            image, found = sample.image, sample.instances
+        except DataError as err:
+            self._skips.add(sample.id, "image", reason_of(err), err.where)
+            return None
+        kept = []
+        for instance in found:
+            reason = None
             try:
-                image, found = sample.image, sample.instances
+                mask = instance.mask
             except DataError as err:
-                self._skips.add(sample.id, "image", reason_of(err), err.where)
-                continue
-            kept = []
-            for instance in found:
-                reason = None
-                try:
-                    mask = instance.mask
-                except DataError as err:
-                    reason = reason_of(err)
-                else:
-                    if mask.shape != sample.size:
-                        reason = f"mask is {mask.shape}, image {sample.size}"
-                    elif not mask.any():
-                        reason = "mask is empty"
-                if reason:
-                    self._skips.add(sample.id, f"annotation {instance.id}", reason, sample.name)
-                else:
-                    kept.append(replace(instance, source=Packed.of(mask)))
-            yield Held(
-                sample.id,
-                sample.name,
-                image,
-                tuple(kept),
-                negative=sample.negative,
-                not_exhaustive=sample.not_exhaustive,
-            )
+                reason = reason_of(err)
+            else:
+                if mask.shape != sample.size:
+                    reason = f"mask is {mask.shape}, image {sample.size}"
+                elif not mask.any():
+                    reason = "mask is empty"
+            if reason:
+                self._skips.add(sample.id, f"annotation {instance.id}", reason, sample.name)
+            else:
+                kept.append(replace(instance, source=Packed.of(mask)))
+        return Held(
+            sample.id,
+            sample.name,
+            image,
+            tuple(kept),
+            negative=sample.negative,
+            not_exhaustive=sample.not_exhaustive,
+        )
 
     def subset(
         self, n: int | None = None, *, ids: Sequence[Id] | None = None, seed: int | None = None
@@ -232,3 +250,24 @@ def as_dataset(data: object) -> Dataset:
         expected="a Dataset or a sequence of Sample",
         fix="samcompress.data.open(PATH), or samcompress.data.shapes(32)",
     )
+
+
+def join(*datasets: Dataset, name: str | None = None) -> Dataset:
+    """Several data sets as one, in turn; an image's id is ``"NAME:ID"``.
+
+    Args:
+        datasets: at least one; their names must differ.
+        name: of the whole; by default the names joined by ``+``.
+
+    Raises:
+        DataError: if two have the same name, or there is none.
+
+    Example:
+        >>> from samcompress.core import data
+        >>> join(data.shapes(4), data.shapes(2, seed=1))
+        <Dataset shapes@0-128x128+shapes@1-128x128 6 images>
+    """
+    samples = [Renamed(sample, f"{d.name}:{sample.id}") for d in datasets for sample in d]
+    on_error: OnError = "raise" if any(d.on_error == "raise" for d in datasets) else "skip"
+    skips = Skips(on_error, [skipped for d in datasets for skipped in d.skipped])
+    return Dataset(samples, name or "+".join(d.name for d in datasets), skips=skips)

@@ -204,6 +204,31 @@ class Held(Sample):
         return sha256(*parts)
 
 
+class Renamed(Sample):
+    """A sample under another id."""
+
+    def __init__(self, sample: Sample, key: Id) -> None:
+        super().__init__(
+            key,
+            sample.name,
+            sample.size,
+            negative=sample.negative,
+            not_exhaustive=sample.not_exhaustive,
+        )
+        self._sample = sample
+
+    @property
+    def image(self) -> Image:
+        return self._sample.image
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        return self._sample.instances
+
+    def digest(self) -> str:
+        return self._sample.digest()
+
+
 def sha256(*parts: bytes) -> str:
     """SHA-256 over parts; each part's length goes in, so that moving a border changes it."""
     total = hashlib.sha256()

@@ -1,0 +1,12 @@
+"""The command line; each verb is one Python call, which its ``--help`` shows.
+
+Exit codes: 0 done, 1 an error of ours (one message), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from . import verbs  # noqa: F401 - registers them
+from ._app import app, main
+from ._shared import named
+
+__all__ = ["app", "main", "named"]
