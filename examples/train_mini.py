@@ -10,8 +10,8 @@ DATA holds ``coco/train2017`` with its annotations, ``sa1b_train`` (SA-1B's layo
 
 From random weights a promptable model starts slowly, so there are four lessons, each a resumable
 run: the image encoder learns which pixels belong together; prompt encoder and decoder learn what
-prompts mean, on a frozen encoder; all learns together at half the side; all learns at full size.
-The last three are `sc.distill.Supervised`.
+prompts mean, on drawn ellipses that no image shows; all learns together at half the side; all
+learns at full size. The last two are `sc.distill.Supervised`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from samcompress.core._objective import Objective, Share
 from samcompress.core.files import whole
 from samcompress.distill import Augment, Supervised
 from samcompress.distill._samples import Batch, Frame, Samples
+from samcompress.distill.supervised import Rounds
 
 log = logging.getLogger("train_mini")
 SEED = 7
@@ -46,8 +47,8 @@ FULL = Augment(scale=(0.6, 2.0))
 Lesson = Callable[[Any, dict[str, "sc.data.Dataset"]], nn.Module]
 
 # What a lesson costs: steps, and images a step.
-CPU = {"pixels": (2500, 8), "prompts": (800, 8), "half": (5000, 8), "full": (700, 8)}
-GPU = {"pixels": (3000, 32), "prompts": (1000, 32), "half": (12000, 32), "full": (6000, 32)}
+CPU = {"pixels": (2500, 8), "geometry": (2200, 4), "half": (2600, 8), "full": (450, 8)}
+GPU = {"pixels": (3000, 32), "geometry": (4000, 16), "half": (12000, 32), "full": (6000, 32)}
 
 
 def datasets(root: Path) -> dict[str, sc.data.Dataset]:
@@ -160,6 +161,86 @@ def statistics() -> tuple[tuple[float, ...], tuple[float, ...]]:
     return config.pixel_mean, config.pixel_std
 
 
+# -------------------------------------------------------------------------- the lesson on geometry
+
+
+class Ellipses:
+    """Draws objects without images: boxes of all sizes, filled by something like an ellipse."""
+
+    def __init__(self, images: int, prompts: int) -> None:
+        self.images, self.prompts = images, prompts
+
+    def draw(self, step: int, share: Share) -> Batch:
+        """A part of the batch of a step."""
+        places = [place for place, _ in share.of(range(self.images))]
+        found = [self._objects(generator(SEED, "ellipses", step, place)) for place in places]
+        none, size = torch.zeros(len(places), 3, 1, 1), (HALF, HALF)
+        return Batch(
+            images=none,
+            others=(),
+            sizes=(size,) * len(places),
+            valid=torch.ones(len(places), HALF // 2, HALF // 2),
+            target=torch.cat([target for target, _ in found]),
+            boxes=torch.cat([boxes for _, boxes in found]),
+            owner=torch.arange(len(places)).repeat_interleave(self.prompts),
+            places=tuple(places),
+            indices=tuple(places),
+        )
+
+    def _objects(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        n = self.prompts
+        size = HALF / 32 * 25 ** torch.rand(n, generator=g)
+        shape = torch.exp(0.5 * torch.randn(n, generator=g)).clamp(0.25, 4).sqrt()
+        sides = torch.stack([size * shape, size / shape], 1).clamp(3, 0.94 * HALF)
+        centre = sides / 2 + torch.rand(n, 2, generator=g) * (HALF - sides)
+        # From an ellipse, 2, towards a rectangle.
+        power = (2 + 2 * torch.rand(n, generator=g) ** 2)[:, None, None]
+        pixel = torch.arange(HALF) + 0.5
+        x, y = ((pixel - centre[:, i, None]).abs() / (sides[:, i, None] / 2) for i in (0, 1))
+        full = (x[:, None, :] ** power + y[:, :, None] ** power <= 1).float()
+        boxes = torch.cat([centre - sides / 2, centre + sides / 2], 1)
+        return F.avg_pool2d(full[:, None], 2)[:, 0], boxes
+
+
+class Geometry(Rounds):
+    """The loop of prompts, on embeddings of images that have nothing to do with the objects."""
+
+    def __init__(self, student: nn.Module, kept: Tensor, settings: Supervised, steps: int) -> None:
+        source: Any = Ellipses(settings.batch_size, settings.prompts)
+        source.frames = (Frame(HALF, HALF // 2, *statistics()),)
+        super().__init__(student, source, settings, steps)
+        self.kept = kept
+
+    def features(self, drawn: Batch) -> Tensor:
+        """Embeddings in the order of the places, turned by the step."""
+        return self.kept[torch.tensor(drawn.places) % len(self.kept)].to(drawn.owner.device)
+
+
+def geometry(sam: nn.Module, data: sc.data.Dataset, args: argparse.Namespace) -> nn.Module:
+    """The second lesson."""
+    steps, size = args.cost["geometry"]
+    frame = Frame(HALF, HALF // 2, *statistics())
+    photos = Samples(data, [frame], batch_size=64, prompts=1, augment=NEAR, seed=SEED)
+    with torch.no_grad():
+        kept = sam.image_encoder(photos.draw(0, Share()).images)
+    settings = Supervised(
+        batch_size=size, prompts=8, rounds=2, turn=(0.9, 1.0), feed=0.7, seed=SEED
+    )
+    objective = Geometry(sam, kept, settings, steps).to(args.device)
+    plan = _fit.Plan(
+        steps=steps,
+        lr=2e-3,
+        betas=(0.9, 0.98),
+        weight_decay=0.02,
+        clip=1.0,
+        precision="bf16",
+        seed=SEED,
+    )
+    parts = ("student.prompt_encoder", "student.mask_decoder")
+    _fit.fit(objective, plan, parts=parts, checkpoint=args.work / "geometry.safetensors")
+    return sam
+
+
 # ------------------------------------------------------------------------------------ all lessons
 
 
@@ -184,23 +265,14 @@ def lessons(args: argparse.Namespace) -> dict[str, Lesson]:
 
     return {
         "pixels": lambda _, data: pixels(data["early"], args),
-        "prompts": supervised(
-            "prompts",
-            "early",
-            None,
-            train_encoder=False,
-            rounds=1,
-            lr=2e-3,
-            turn=(0.9, 1.0),
-            augment=NEAR,
-        ),
+        "geometry": lambda sam, data: geometry(sam, data["early"], args),
         "half": supervised(
             "half",
             "early",
             None,
             rounds=2,
             lr=8e-4,
-            turn=(0.3, 0.8),
+            turn=(0.8, 1.0),
             augment=NEAR,
             ema=0.999,
             feed=0.8,
@@ -230,7 +302,7 @@ def score(args: argparse.Namespace) -> None:
     """Print and keep what each lesson's model is worth on images no lesson saw."""
     data = datasets(args.data)["judge"]
     found = {}
-    for name in ("prompts", "half", "full"):
+    for name in ("geometry", "half", "full"):
         if not (args.work / name).exists():
             continue
         sam = sc.load(args.work / name)

@@ -45,7 +45,8 @@ class Supervised(Learner, family="distill", phase=40):
         box_share: how often the first prompt is a box, 0 to 1; a point otherwise.
         feed: how often the last mask is part of the next prompt, 0 to 1, drawn once a step.
         turn: None for SAM's loss, 20 focal + dice, all along. Otherwise two shares of the steps
-            between which 4 BCE + dice turns into it: from random weights that starts faster.
+            between which balanced cross-entropy + dice turns into it: from random weights that
+            starts faster.
         augment: large-scale jitter, mirroring, colours, copy-paste; None for none.
         train_encoder: also train the image encoder; without it a step costs the decoder only, and
             no more than the decoder can be lost.
@@ -148,7 +149,7 @@ class Rounds(Objective):
         """Terms ``single``, ``best of three`` and ``score``."""
         s = self.settings
         drawn = drawn.to(device_of(self.student))
-        features = self.student.get_submodule("image_encoder")(drawn.images)
+        features = self.features(drawn)
         clicks = Clicks.of(drawn, self.source.frames[0].size, seed=s.seed, step=step)
         idle = self._idle(step)
         fed = float(torch.rand((), generator=generator(s.seed, "feed", step))) < s.feed
@@ -165,6 +166,11 @@ class Rounds(Objective):
 
         first = clicks.begin(drawn.boxes, drawn.target, box_share=s.box_share)
         return rounds(first, s.rounds, answer)
+
+    def features(self, drawn: Batch) -> Tensor:
+        """(B, C, h, w) embeddings of the images."""
+        found: Tensor = self.student.get_submodule("image_encoder")(drawn.images)
+        return found
 
     def _terms(
         self, decoded: Decoded, target: Tensor, valid: Tensor, step: int

@@ -17,6 +17,7 @@ LOSSES: dict[str, Loss] = {
     "bce": L.bce,
     "focal": L.focal,
     "dice": L.dice,
+    "balanced": L.balanced,
     "logit_l1": L.logit_l1,
     "iou": L.iou,
     "mask_loss": L.mask_loss,
@@ -178,16 +179,32 @@ def test_dice() -> None:
 
 def test_weights_of_mask_loss() -> None:
     args = drawn()
-    parts = {name: LOSSES[name](*args) for name in ("bce", "focal", "dice")}
+    parts = {name: LOSSES[name](*args) for name in ("balanced", "focal", "dice")}
     for focus in (0.0, 0.3, 1.0):
         weights = L.curriculum(focus)
         expected = sum(weights[name] * parts[name] for name in parts)
         torch.testing.assert_close(L.mask_loss(*args, **weights), expected)
-    assert L.curriculum(0) == {"bce": 4, "focal": 0, "dice": 1}
-    assert L.curriculum(1) == {"bce": 0, "focal": 20, "dice": 1}
+    assert L.curriculum(0) == {"balanced": 1, "focal": 0, "dice": 1}
+    assert L.curriculum(1) == {"balanced": 0, "focal": 20, "dice": 1}
     assert torch.equal(L.mask_loss(*args), L.mask_loss(*args, **L.curriculum(1)))
     edge = L.mask_loss(*args, bce=5.0, focal=0.0, dice=5.0)
-    torch.testing.assert_close(edge, 5 * parts["bce"] + 5 * parts["dice"])
+    torch.testing.assert_close(edge, 5 * L.bce(*args) + 5 * parts["dice"])
+
+
+def test_balanced_entropy_sees_small_objects() -> None:
+    """The share of an object in the loss falls with the root of its area, not with its area."""
+    logits, all_ = torch.zeros(1, 1, 40, 40), torch.ones(1, 40, 40)
+    for side in (1, 4, 10):
+        target = torch.zeros(1, 40, 40)
+        target[:, :side, :side] = 1
+        # All cells are equally wrong, so their loss tells their weight.
+        slope = torch.func.grad(lambda x, t=target: L.balanced(x, t, all_).sum())(logits)[
+            0, 0
+        ].abs()
+        object_, rest = slope[:side, :side].sum(), slope.sum() - slope[:side, :side].sum()
+        area = side**2
+        assert float(object_ / rest) == pytest.approx((area / (1600 - area)) ** 0.5, rel=1e-5)
+        assert float(L.balanced(logits, target, all_)) == pytest.approx(2 * 0.6931472, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
