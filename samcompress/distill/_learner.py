@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from ..core import _fit
+from ..core._engine import engine_for
 from ..core._objective import Objective, Share
 from ..core.checkpoint import fingerprint
+from ..core.contract import device_of
 from ..core.errors import ConfigError, NoEffectError
 from ..core.transform import Context, State, Transform
 from ._cache import evaluating
@@ -25,6 +27,7 @@ from ._cache import evaluating
 log = logging.getLogger("samcompress.distill")
 JUDGED = 64  # images by which the loss before and after is judged
 SAME = 1e-6  # a loss below is what a cache in float16 loses
+IOU_TERMS = frozenset({"iou", "score"})  # terms that teach a model to predict its masks' IoU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ class Learner(Transform):
         """Train."""
         images = len(ctx.data)
         plan = self.plan(images)
+        # Before the teacher runs: several processes then share its work.
+        engine = engine_for(device_of(model))
         identity = self.identity(model, ctx) | {"steps": plan.steps}
         objective = self.objective(model, ctx, plan.steps)
         before = self.judge(objective)
@@ -133,6 +138,7 @@ class Learner(Transform):
             identity=identity,
             progress=ctx.progress,
             workers=self.workers,
+            engine=engine,
         )
         after = self.judge(objective)
         log.info("%s: loss %.4g -> %.4g in %d steps", self.label, before, after, run.step)
@@ -143,6 +149,7 @@ class Learner(Transform):
             "steps": run.step,
             "skipped": run.skipped,
             "curve": run.curve(),
+            "iou_trained": not IOU_TERMS.isdisjoint(run.curves),
             **self.finish(objective),
         }
 
@@ -153,7 +160,8 @@ class Learner(Transform):
     def identity(self, model: nn.Module, ctx: Context) -> dict[str, Any]:
         """What tells this run from others: its fields, student, teacher and data."""
         teacher = {"teacher": fingerprint(ctx.original)} if self.needs_teacher else {}
-        fields = {k: v for k, v in self.params().items() if k != "workers"}
+        # Neither changes the result, so a run may go on with others.
+        fields = {k: v for k, v in self.params().items() if k not in ("workers", "accumulate")}
         return {**fields, **teacher, "student": fingerprint(model), "data": ctx.data.fingerprint}
 
     def judge(self, objective: Objective) -> float:

@@ -35,12 +35,18 @@ def valid_cells(input_size: tuple[int, int], side: int, grid: tuple[int, int]) -
 
 def to_grid(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, C, h, w) embeddings on another grid: means of cells if coarser, bilinear if finer."""
-    if tuple(embedding.shape[-2:]) == tuple(grid):
-        return embedding
+    own = (embedding.shape[-2], embedding.shape[-1])
+    return (
+        embedding
+        if own == tuple(grid)
+        else F.interpolate(embedding, grid, mode=resizing(own, grid))
+    )
+
+
+def resizing(own: tuple[int, int], grid: tuple[int, int]) -> str:
+    """How embeddings get from one grid to another."""
     # Plain means: a wider filter blurs, and cost more of the masks where we measured it.
-    if grid[0] < embedding.shape[-2]:
-        return F.interpolate(embedding, grid, mode="area")
-    return F.interpolate(embedding, grid, mode="bilinear")
+    return "area" if grid[0] < own[0] else "bilinear"
 
 
 def embedding_loss(student: Tensor, teacher: Tensor, valid: Tensor, kind: Kind) -> Tensor:

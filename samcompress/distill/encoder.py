@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..core._draws import batch
+from ..core._draws import drawn as randomly
 from ..core._objective import Objective, Share
 from ..core.contract import device_of
-from ..core.errors import ModelError, NoEffectError
+from ..core.errors import NoEffectError
 from ..core.registry import register
-from ..core.transform import Context
+from ..core.transform import Context, State
 from ._cache import Ready, Teacher, evaluating
 from ._embeddings import Embeddings
 from ._learner import JUDGED, SAME, Learner
-from ._losses import Kind, embedding_loss, to_grid, valid_cells
+from ._losses import Kind, embedding_loss, resizing, to_grid, valid_cells
 
 if TYPE_CHECKING:
     from ..core.data import Dataset
@@ -39,6 +40,11 @@ class Encoder(Learner, family="distill", phase=40):
     Its embeddings are computed once, and with ``workdir=`` kept on disk; then an interrupted run
     also goes on where its last checkpoint was, bit for bit on the CPU.
 
+    A student that embeds images in another number of channels, or on another grid, gets an adapter
+    for the time of training, named in the state: a linear map of its embeddings to the teacher's,
+    which is thrown away, and the teacher's embeddings resized to the student's grid. After a map
+    the student's decoder must learn the new embeddings: follow with `PromptLoop` or `Supervised`.
+
     Args:
         loss: distance of two embeddings: ``mse``, ``huber``, ``l1``, or ``mse+cos``, which weighs
             direction more. Only cells that show the image count, not those of the padding.
@@ -57,7 +63,7 @@ class Encoder(Learner, family="distill", phase=40):
 
     Raises:
         ConfigError: if a field is out of range, or training diverges.
-        ModelError: if student and teacher differ in channels, or the student is not float32.
+        ModelError: if the student is not float32.
         NoEffectError: if the student equals the teacher already, or has nothing to train.
         DataError: if an image is damaged or its teacher embedding is not finite.
         CheckpointError: if a cache in ``workdir=`` belongs to another teacher, size or data set.
@@ -88,14 +94,19 @@ class Encoder(Learner, family="distill", phase=40):
     loss: Kind = "mse"
     lr: float = 2e-4
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The image encoder, and the map of its channels, which is empty where they agree."""
+        return ("student.image_encoder", "adapter")
+
     def objective(self, model: nn.Module, ctx: Context, steps: int) -> Objective:
         """The distance to the teacher's embeddings, which are computed now."""
         original = ctx.original
-        _check_channels(model, original)
         teacher = Teacher(original, ctx.data, ctx.workdir and ctx.workdir / "teacher")
         teacher.fill(ctx.progress)
         source = Images(ctx.data, teacher.reader(), Ready(model, ctx.data), self)
-        objective = Imitation(model, source, self.loss)
+        objective = Imitation(model, source, self)
+        objective.adapt(original)
         if objective.error() < SAME:
             raise NoEffectError(
                 f"{self.label} has nothing to learn.",
@@ -104,6 +115,10 @@ class Encoder(Learner, family="distill", phase=40):
                 fix="teacher=, the model to imitate: without it that is the one that came in",
             )
         return objective
+
+    def finish(self, objective: Any) -> State:
+        """Name the adapters."""
+        return {"adapters": list(objective.adapters)}
 
     def judge(self, objective: Any) -> float:
         """Mean loss of images spread evenly over the data."""
@@ -154,9 +169,26 @@ class Imitation(Objective):
 
     source: Images
 
-    def __init__(self, student: nn.Module, source: Images, kind: Kind) -> None:
+    def __init__(self, student: nn.Module, source: Images, settings: Encoder) -> None:
         super().__init__(student, source)
-        self.kind = kind
+        self.settings, self.kind = settings, settings.loss
+        self.adapter: nn.Module = nn.Identity()
+        self.adapters: tuple[str, ...] = ()
+
+    def adapt(self, teacher: Any) -> None:
+        """Choose what brings the student's embeddings and the teacher's together."""
+        student: Any = self.student
+        mine, theirs = (
+            tuple(m.prompt_encoder.get_dense_pe().shape[1:]) for m in (student, teacher)
+        )
+        if mine[0] != theirs[0]:
+            with randomly(torch.device("cpu"), self.settings.seed, "adapter"):
+                made = nn.Conv2d(mine[0], theirs[0], 1)
+            self.adapter = made.to(device_of(student))
+            self.adapters += (f"student's channels {mine[0]} -> {theirs[0]}, linear",)
+        if mine[1:] != theirs[1:]:
+            grids = " -> ".join("x".join(map(str, shape[1:])) for shape in (theirs, mine))
+            self.adapters += (f"teacher's grid {grids}, {resizing(theirs[1:], mine[1:])}",)
 
     def forward(self, drawn: Pairs, step: int) -> dict[str, Tensor]:
         """Term ``embedding``."""
@@ -185,19 +217,8 @@ class Imitation(Objective):
     def _three(self, drawn: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, h, w) of student and teacher, and (B, 1, h, w) cells that count."""
         images = drawn.images.to(device_of(self.student))
-        student = self.student.get_submodule(PART)(images)
+        student = self.adapter(self.student.get_submodule(PART)(images))
         height, width = student.shape[-2:]
         cells = [valid_cells(size, images.shape[-1], (height, width)) for size in drawn.sizes]
         teacher = to_grid(drawn.teacher.to(student.device), (height, width))
         return student, teacher, torch.stack(cells).to(student.device)
-
-
-def _check_channels(student: Any, teacher: Any) -> None:
-    shapes = [tuple(m.prompt_encoder.get_dense_pe().shape[1:]) for m in (student, teacher)]
-    if shapes[0][0] != shapes[1][0]:
-        raise ModelError(
-            "student and teacher embed images in different numbers of channels.",
-            got=f"student {shapes[0]}, teacher {shapes[1]}",
-            expected="the same number of channels; the grids may differ",
-            fix="a teacher= of the same family as the student",
-        )

@@ -142,9 +142,9 @@ class PromptLoop(Learner, family="distill", phase=40):
         return Loop(model, source, guide, self)
 
     def finish(self, objective: Loop) -> State:
-        """Add the updates in; whether the predicted IoUs were taught."""
+        """Add the updates in."""
         merge(objective.student.get_submodule("mask_decoder"))
-        return {"iou_trained": self.iou > 0}
+        return {}
 
 
 class Loop(Objective):

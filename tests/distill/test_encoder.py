@@ -408,17 +408,19 @@ def test_nothing_to_learn(scenes: Dataset) -> None:
         )
 
 
-def test_other_channels(scenes: Dataset) -> None:
-    with pytest.raises(errors.ModelError) as caught:
-        sc.distill.Encoder(steps=2)(
-            random_sam(), data=scenes, teacher=random_sam(out_chans=64), progress=False
-        )
-    assert str(caught.value) == (
-        "student and teacher embed images in different numbers of channels.\n"
-        "  got       student (32, 8, 8), teacher (64, 8, 8)\n"
-        "  expected  the same number of channels; the grids may differ\n"
-        "  try       a teacher= of the same family as the student"
-    )
+def test_other_channels_and_grid(scenes: Dataset) -> None:
+    """Adapters are chosen, named, trained and thrown away."""
+    student, teacher = random_sam(), random_sam(seed=3, out_chans=64, image_size=128)
+    names = set(student.state_dict())
+    step = sc.distill.Encoder(steps=12, batch_size=3, lr=1e-3)
+    small = step(student, data=scenes, teacher=teacher, progress=False)
+    facts = sc.lineage(small)[-1].state
+    assert facts["adapters"] == [
+        "student's channels 32 -> 64, linear",
+        "teacher's grid 16x16 -> 8x8, area",
+    ]
+    assert facts["loss_after"] < 0.9 * facts["loss_before"]
+    assert set(small.state_dict()) == names
 
 
 def test_half_precision_is_refused_before_anything_runs(scenes: Dataset) -> None:
