@@ -83,7 +83,11 @@ def fit(
         KeyboardInterrupt: after Ctrl-C.
     """
     engine = engine or engine_for(device_of(objective))
-    with training(objective, parts) as parameters, interruptible(checkpoint is not None) as stop:
+    with (
+        torch.enable_grad(),
+        training(objective, parts) as parameters,
+        interruptible(checkpoint is not None) as stop,
+    ):
         loop = _Loop(objective, parameters, plan, parts, identity or {}, engine)
         if checkpoint is not None and checkpoint.exists():
             loop.load(checkpoint)

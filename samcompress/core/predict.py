@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .contract import device_of, dtype_of, parts
 from .errors import DataError, ModelError, ShapeError
+from .framing import framing_of
 from .prompt import Prompt, check_inside
 
 
@@ -27,7 +28,7 @@ class Embedding:
 
     Attributes:
         features: (1, C, h, w).
-        input_size: height and width of the resized image inside the padded square.
+        input_size: height and width of the image inside the model's frame; the rest is padding.
         size: height H and width W of the original image.
     """
 
@@ -55,14 +56,14 @@ class Prediction:
 
 
 def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
-    """Resize the longest side to S, normalise, pad to a square.
+    """Resize an image by the model's rule, normalise it, pad it to a square.
 
     Args:
-        model: the SAM; its mean, deviation and S are used.
+        model: the SAM; its rule (`framing_of`), mean and deviation are used.
         image: (H, W, 3) uint8 RGB.
 
     Returns:
-        (3, S, S) on the model's device and in its type, and the size inside the padding.
+        (3, S, S) on the model's device and in its type, and the size inside the model's frame.
 
     Raises:
         ShapeError: if the image is not (H, W, 3).
@@ -84,17 +85,19 @@ def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, 
             fix="scale it to 0...255 and use .astype(np.uint8)",
         )
     sam: Any = model
-    side = sam.image_encoder.img_size
-    height, width = ResizeLongestSide.get_preprocess_shape(*image.shape[:2], side)
-    if min(height, width) == 0:
+    framing = framing_of(model)
+    inside = framing.inside((image.shape[0], image.shape[1]))
+    if min(inside) == 0:
         raise ShapeError(
             "an image is too narrow for this model.",
             got=image.shape,
-            expected=f"at most {2 * side} times as long as wide",
+            expected=f"at most {2 * framing.frame} times as long as wide",
         )
-    resized = ResizeLongestSide(side).apply_image(image)
-    tensor = torch.as_tensor(resized, device=device_of(model)).permute(2, 0, 1)
-    return sam.preprocess(tensor).to(dtype_of(sam.image_encoder)), (height, width)
+    resized = framing.resized(image).to(device_of(model))
+    ready = (resized - sam.pixel_mean) / sam.pixel_std
+    height, width = ready.shape[-2:]
+    padded = F.pad(ready, (0, framing.size - width, 0, framing.size - height))
+    return padded.to(dtype_of(sam.image_encoder)), inside
 
 
 def encode(
@@ -237,17 +240,11 @@ def predict(
     return found
 
 
-def frame_scale(embedding: Embedding) -> np.ndarray:
-    """(2,) factors from x, y of the original image to the padded frame."""
-    (height, width), (new_height, new_width) = embedding.size, embedding.input_size
-    return np.array([new_width / width, new_height / height])
-
-
 def _run(
     model: Any, embedding: Embedding, prompts: list[Prompt], multimask: bool
 ) -> tuple[Tensor, Tensor]:
     device = embedding.features.device
-    scale = frame_scale(embedding)
+    scale = np.array(framing_of(model).scale(embedding.size))
     n, has_box, has_mask = prompts[0].kind
 
     def tensor(arrays: list[np.ndarray]) -> Tensor:
@@ -284,5 +281,5 @@ def _run(
 
 
 def _full_size(model: Any, low: Tensor, embedding: Embedding) -> Tensor:
-    full: Tensor = model.postprocess_masks(low.float(), embedding.input_size, embedding.size)
+    full = framing_of(model).full_size(low.float(), embedding.size)
     return (full > float(model.mask_threshold)).cpu()

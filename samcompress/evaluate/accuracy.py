@@ -6,6 +6,7 @@ objects are in memory at a time.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Instance, Sample, Skipped, as_dataset
 from ..core.errors import ConfigError, DataError, ShapeError
+from ..core.history import lineage
 from ..core.predict import Embedding, Prediction, decode, encode
 from ..core.prompt import Prompt, check_inside
 from .masks import Mask
@@ -28,6 +30,7 @@ from .stats import Average
 
 __all__ = ["Accuracy", "accuracies", "accuracy", "agreement"]
 
+log = logging.getLogger("samcompress.evaluate")
 # Full-size masks of one group of objects take at most about this many bytes.
 _MASK_BYTES = 2**27
 
@@ -54,7 +57,8 @@ def accuracy(
         model: any SAM, on any device.
         data: images with masks.
         prompts: ``box``, ``point``, ``random-3``, ``clicks-5``, ...: see `evaluate.prompts`.
-        choice: which mask counts; see `Protocol`, as for what follows.
+        choice: which mask counts; see `Protocol`, as for what follows. The log warns of
+            ``predicted`` if the model's last training did not teach it the IoU of its masks.
         feedback: whether the last mask goes along with a correcting click.
         include_crowd: score regions of many objects too.
         min_area: leave out smaller objects, in pixels.
@@ -136,6 +140,8 @@ def accuracies(
     for value, what in ((batch_size, "batch_size"), (prompt_batch, "prompt_batch")):
         if value < 1:
             raise ConfigError(f"{what} is below 1.", got=value, expected="1 or more")
+    if protocols[0].choice == "predicted" and _stale(model):
+        log.warning("the model was last trained without a loss on predicted IoU, which decides")
     scorer = _Scorer(model, protocols, keep_masks, prompt_batch)
     track = Progress(progress, "accuracy").track(data.readable(), label="images", total=len(data))
     with _evaluating(model):
@@ -232,6 +238,12 @@ class _Scorer:
                     mask=encode_mask(answer.mask) if self.keep_masks else None,
                 )
             )
+
+
+def _stale(model: nn.Module) -> bool:
+    """Whether masks were trained after the IoUs that the model predicts of them."""
+    taught = [s.state["iou_trained"] for s in lineage(model) if "iou_trained" in s.state]
+    return bool(taught) and not taught[-1]
 
 
 @contextmanager

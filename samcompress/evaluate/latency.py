@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.contract import check_sam, device_of, dtype_of
 from ..core.errors import ConfigError
+from ..core.framing import framing_of
 from ..core.predict import preprocess
 from .devices import Device, Lap, device
 
@@ -292,9 +293,9 @@ class _Work:
         check_sam(model)
         self.model = model
         self.image = image.copy()
-        self.pixels, self.input_size = preprocess(model, image)
-        self.pixels = self.pixels[None]
-        side = float(model.image_encoder.img_size)
+        self.framing = framing_of(model)
+        self.pixels = preprocess(model, image)[0][None]
+        side = float(self.framing.frame)
         self.box = torch.tensor([[0.2, 0.2, 0.6, 0.6]], device=self.pixels.device) * side
         self.position = model.prompt_encoder.get_dense_pe().to(dtype_of(model.mask_decoder))
         draw = torch.Generator().manual_seed(0)
@@ -315,7 +316,8 @@ class _Work:
 
     def postprocess(self) -> Tensor:
         self.logits.view(-1)[0] = self._next()
-        full = self.model.postprocess_masks(self.logits, self.input_size, self.image.shape[:2])
+        height, width = self.image.shape[:2]
+        full = self.framing.full_size(self.logits, (height, width))
         return _read((full > self.model.mask_threshold).cpu())
 
     def end_to_end(self) -> Tensor:

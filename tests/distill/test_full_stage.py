@@ -20,6 +20,7 @@ from samcompress.core.data import Dataset
 from samcompress.distill import full_stage
 from samcompress.distill._clicks import to_cell
 from samcompress.distill._decode import decode
+from samcompress.distill._guide import Guide
 from samcompress.distill._losses import embedding_loss, valid_cells
 from samcompress.distill._mask_losses import iou, least, logit_l1, mask_loss
 from samcompress.distill.full_stage import FullStage, Stages
@@ -131,6 +132,39 @@ def test_padding_does_not_count() -> None:
         student.zero_grad()
     assert results[0][0] == results[1][0]
     assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_what_the_teacher_says_of_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = random_sam()
+    student = near(teacher)
+    objective = stages(student, teacher)
+    drawn = objective.source.draw(0, Share())
+    outside = drawn.batch.valid == 0
+    cells = torch.stack([1 - valid_cells(size, 64, (8, 8)) for size in drawn.batch.sizes])
+    assert outside.any()
+    assert cells.any()
+
+    def result() -> tuple[list[float], list[torch.Tensor]]:
+        terms = objective(drawn, 0)
+        torch.stack(list(terms.values())).sum().backward()
+        grads = [p.grad.clone() for p in student.image_encoder.parameters()]
+        student.zero_grad()
+        return [t.item() for t in terms.values()], grads
+
+    values, grads = result()
+    said, distance = Guide.decode, Stages._embedding
+
+    def other(self: Guide, features: torch.Tensor, owner: torch.Tensor, asked: Any) -> Any:
+        found = said(self, features, owner, asked)
+        return replace(found, logits=torch.where(outside[owner][:, None], 50.0, found.logits))
+
+    monkeypatch.setattr(Guide, "decode", other)
+    monkeypatch.setattr(
+        Stages, "_embedding", lambda s, mine, theirs, b: distance(s, mine, theirs + 9 * cells, b)
+    )
+    again, same = result()
+    assert again == values
+    assert all(map(torch.equal, same, grads))
 
 
 def test_several_clicks_teach_the_single_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,7 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
         "bce": (L.bce(logits, target, valid), high / 2),
         "focal": (L.focal(logits, target, valid), (0.75 + 0.25) * high / 4),
         "dice": (L.dice(logits, target, valid), 1 - 3 / 5),
+        "balanced": (L.balanced(logits, target, valid), high),
         "mask_loss": (L.mask_loss(logits, target, valid), 20 * high / 4 + 0.4),
     }
     for name, (loss, expected) in values.items():

@@ -19,8 +19,10 @@ from samcompress.core.data import Dataset, Sample
 from samcompress.core.data._dataset import Skips
 from samcompress.core.data._sample import Held
 from samcompress.core.errors import ConfigError, DataError, ModelError
+from samcompress.core.history import Step, history, remember
 from samcompress.core.predict import Embedding, Prediction, decode, encode
 from samcompress.core.prompt import Prompt
+from samcompress.core.registry import get
 from samcompress.evaluate.accuracy import Accuracy, accuracies, accuracy, agreement
 from samcompress.evaluate.masks import decode as decode_runs
 from samcompress.evaluate.masks import iou
@@ -483,3 +485,32 @@ def test_what_has_no_influence_is_not_in_the_id() -> None:
         "this is no protocol id.\n  got       box\n"
         "  expected  coco@val2017#108/box/single/feedback=none/crowd=no,min_area=0/instance"
     )
+
+
+@pytest.mark.parametrize(
+    ("taught", "choice", "warns"),
+    [
+        ([], "predicted", False),
+        ([None, False], "predicted", True),
+        ([False, None], "predicted", True),
+        ([False, True], "predicted", False),
+        ([True, False], "predicted", True),
+        ([False], "oracle", False),
+        ([False], "single", False),
+    ],
+)
+def test_predicted_iou_that_was_not_taught(
+    taught: list[bool | None],
+    choice: str,
+    warns: bool,
+    scenes: Dataset,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the last step that trained says of itself counts; others say nothing."""
+    model = random_sam()
+    states = [{} if value is None else {"iou_trained": value} for value in taught]
+    steps = tuple(Step(get("prune.mlp"), state) for state in states)
+    remember(model, replace(history(model), steps=steps))
+    accuracy(model, scenes[:1], "point", choice=choice)  # type: ignore[arg-type]
+    expected = "the model was last trained without a loss on predicted IoU, which decides"
+    assert caplog.messages == ([expected] if warns else [])
