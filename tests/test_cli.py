@@ -219,7 +219,7 @@ def test_wrong_usage_is_exit_2(words: tuple[str, ...]) -> None:
 
 def test_every_verb_shows_its_python_call() -> None:
     for verb in (["list"], ["info"], ["recipe", "list"], ["recipe", "cp"], ["recipe", "check"],
-                 ["apply"], ["bench"], ["compare"], ["export"], ["doctor"], ["demo"]):  # fmt: skip
+                 ["apply"], ["train"], ["bench"], ["compare"], ["export"], ["doctor"], ["demo"]):  # fmt: skip
         done = run(*verb, "--help")
         assert done.exit_code == 0
         assert "Python: " in done.stdout

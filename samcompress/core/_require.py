@@ -11,6 +11,7 @@ from .errors import MissingDependencyError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "train": ("accelerate",),
+    "zoo": ("timm",),
 }
 
 

@@ -79,8 +79,8 @@ class Truncated(Framing):
     """NanoSAM's rule: the shorter side is cut to whole pixels, resizing is bicubic."""
 
     def inside(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Of the longest side, and of the other what is left of its fraction."""
-        return _truncated(size, self.frame)
+        """The longest side, and of the other the whole pixels of what its share leaves."""
+        return _by_aspect(size, self.frame)
 
     def scale(self, size: tuple[int, int]) -> tuple[float, float]:
         """One factor for both."""
@@ -89,12 +89,13 @@ class Truncated(Framing):
 
     def resized(self, image: np.ndarray) -> Tensor:
         """Pillow's bicubic filter."""
-        size = _truncated(image.shape[:2], self.size)
+        size = _by_aspect((image.shape[0], image.shape[1]), self.size)
         return _tensor(_pillow(image, size, Image.Resampling.BICUBIC))
 
     def full_size(self, low: Tensor, size: tuple[int, int]) -> Tensor:
         """What shows the image, bilinear, in one step."""
-        height, width = _truncated(size, low.shape[-1])
+        side, longest = low.shape[-1], max(size)
+        height, width = (int(side * n / longest) for n in size)
         return F.interpolate(low[..., :height, :width], size, mode="bilinear")
 
 
@@ -107,11 +108,10 @@ def framing_of(model: nn.Module) -> Framing:
     return Framing(sam.image_encoder.img_size, sam.image_encoder.img_size)
 
 
-def _truncated(size: tuple[int, ...], side: int) -> tuple[int, int]:
-    height, width = size[:2]
-    if width >= height:
-        return int(side * height / width), side
-    return side, int(side * width / height)
+def _by_aspect(size: tuple[int, int], side: int) -> tuple[int, int]:
+    # Two roundings, as upstream: a product with the inverse would now and then be a pixel more.
+    aspect = size[1] / size[0]
+    return (int(side / aspect), side) if aspect >= 1 else (side, int(side * aspect))
 
 
 def _pillow(image: np.ndarray, size: tuple[int, int], kernel: Image.Resampling) -> np.ndarray:

@@ -9,7 +9,12 @@ from torch import nn
 
 def parameter_count(module: nn.Module) -> int:
     """Stored weights, each tensor once; the integers of quantised layers are weights too."""
-    integers = [b for b in module.buffers() if not b.is_floating_point()]
+    integers = [
+        buffer
+        for name, buffer in module.named_buffers()
+        # A batch norm counts its batches, which is no weight.
+        if not buffer.is_floating_point() and not name.endswith("num_batches_tracked")
+    ]
     return sum({_key(t): t.numel() for t in (*module.parameters(), *integers)}.values())
 
 
