@@ -7,7 +7,7 @@ points would be tokens that the others attend to, and so would change the masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +244,7 @@ def _run(
     model: Any, embedding: Embedding, prompts: list[Prompt], multimask: bool
 ) -> tuple[Tensor, Tensor]:
     device = embedding.features.device
-    scale = np.array(framing_of(model).scale(embedding.size))
+    place = _placing(model, embedding)
     n, has_box, has_mask = prompts[0].kind
 
     def tensor(arrays: list[np.ndarray]) -> Tensor:
@@ -253,11 +253,11 @@ def _run(
     points = boxes = masks = None
     if n:
         points = (
-            tensor([p.points.astype(np.float64) * scale for p in prompts]),
+            tensor([place(p.points) for p in prompts]),
             tensor([p.labels for p in prompts]),
         )
     if has_box:
-        boxes = tensor([(p.box.astype(np.float64).reshape(2, 2) * scale).ravel() for p in prompts])
+        boxes = tensor([place(p.box.reshape(2, 2)).ravel() for p in prompts])
     if has_mask:
         masks = tensor([p.mask for p in prompts])
         size = model.prompt_encoder.mask_input_size
@@ -278,6 +278,21 @@ def _run(
         multimask_output=multimask,
     )
     return logits, scores
+
+
+def _placing(model: Any, embedding: Embedding) -> Callable[[np.ndarray], np.ndarray]:
+    """From x, y of the image to what the prompt encoder takes."""
+    framing = framing_of(model)
+    scale = np.array(framing.scale(embedding.size))
+    ratio = model.prompt_encoder.input_image_size[0] / framing.frame
+
+    def place(points: np.ndarray) -> np.ndarray:
+        framed = points.astype(np.float64) * scale
+        # Pixel centres are whole numbers in either square.
+        shifted: np.ndarray = (framed + 0.5) * ratio - 0.5
+        return framed if ratio == 1 else shifted
+
+    return place
 
 
 def _full_size(model: Any, low: Tensor, embedding: Embedding) -> Tensor:

@@ -83,8 +83,9 @@ def plugin_failures() -> dict[str, str]:
 
 
 def snake(name: str) -> str:
-    """``Int8Weights`` to ``int8_weights``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    """``Int8Weights`` to ``int8_weights``, ``TinyViT`` to ``tiny_vit``."""
+    words = name.replace("ViT", "Vit")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", words).lower()
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

@@ -75,6 +75,8 @@ class PlainViT(ImageEncoderViT):  # type: ignore[misc]
         ConfigError: if the image size is not such a multiple.
     """
 
+    stride = PATCH
+
     def __init__(self, config: EfficientSamConfig, image_size: int, out_chans: int = 256) -> None:
         super().__init__(
             patch_size=PATCH,

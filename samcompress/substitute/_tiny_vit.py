@@ -107,6 +107,8 @@ class TinyViT(nn.Module):
         MissingDependencyError: if timm is not installed.
     """
 
+    stride = STRIDE
+
     def __init__(self, config: TinyViTConfig, image_size: int = 1024, out_chans: int = 256) -> None:
         super().__init__()
         parts = _timm()

@@ -250,7 +250,7 @@ def test_decoder_heads_must_be_given_where_no_shape_shows_them(tmp_path: Path) -
         "the decoder's number of attention heads cannot be read off its tensors.\n"
         f"  where     {path}\n"
         "  got       a decoder of width 32 with 128 hidden units\n"
-        "  expected  256 with 2048 or 64 with 128\n"
+        "  expected  256 with 2048 or 128 with 512 or 64 with 128\n"
         "  try       say it: sc.load(path, decoder_num_heads=8); or keep models with sc.save"
     )
 

@@ -184,7 +184,7 @@ def message(error: type[Exception], size: int, sam: Any = None) -> str:
 
 def test_not_a_multiple_of_the_patch() -> None:
     assert message(errors.ConfigError, 100).splitlines() == [
-        "substitute.image_size: size does not fit the patches of the image encoder.",
+        "substitute.image_size: size does not fit the image encoder.",
         "  got       100",
         "  expected  a multiple of 8",
         "  try       ImageSize(size=96) or ImageSize(size=104)",
