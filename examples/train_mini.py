@@ -47,7 +47,7 @@ FULL = Augment(scale=(0.6, 2.0))
 Lesson = Callable[[Any, dict[str, "sc.data.Dataset"]], nn.Module]
 
 # What a lesson costs: steps, and images a step.
-CPU = {"pixels": (2500, 8), "geometry": (2200, 4), "half": (2600, 8), "full": (450, 8)}
+CPU = {"pixels": (2500, 8), "geometry": (2200, 4), "half": (6000, 8), "full": (2500, 4)}
 GPU = {"pixels": (3000, 32), "geometry": (4000, 16), "half": (12000, 32), "full": (6000, 32)}
 
 
@@ -224,7 +224,7 @@ def geometry(sam: nn.Module, data: sc.data.Dataset, args: argparse.Namespace) ->
     with torch.no_grad():
         kept = sam.image_encoder(photos.draw(0, Share()).images)
     settings = Supervised(
-        batch_size=size, prompts=8, rounds=2, turn=(0.9, 1.0), feed=0.7, seed=SEED
+        batch_size=size, prompts=8, rounds=2, turn=(0.9, 1.0), feed=0.7, box_jitter=0.03, seed=SEED
     )
     objective = Geometry(sam, kept, settings, steps).to(args.device)
     plan = _fit.Plan(
@@ -276,9 +276,18 @@ def lessons(args: argparse.Namespace) -> dict[str, Lesson]:
             augment=NEAR,
             ema=0.999,
             feed=0.8,
+            box_jitter=0.03,
         ),
         "full": supervised(
-            "full", "late", 256, rounds=3, lr=4e-4, augment=FULL, ema=0.998, feed=0.8
+            "full",
+            "late",
+            256,
+            rounds=3,
+            lr=4e-4,
+            augment=FULL,
+            ema=0.998,
+            feed=0.8,
+            box_jitter=0.03,
         ),
     }
 

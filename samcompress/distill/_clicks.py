@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Policy = Literal["fp_fn", "fn_only"]
 
-JITTER = 0.1  # of a box's side, the standard deviation
+JITTER = 0.1  # of a box's side, the standard deviation, as in SAM
 MOST = 20 / 1024  # of the frame's side, the largest shift of a box's corner
 STEPS = 256  # places along the side of a cell where a click may fall: exact in float32
 
@@ -169,28 +169,35 @@ class Clicks:
         return rows[self._rank].to(self.device)
 
     @torch.no_grad()
-    def begin(self, boxes: Tensor, target: Tensor, *, box_share: float = 0.5) -> Asked:
+    def begin(
+        self, boxes: Tensor, target: Tensor, *, box_share: float = 0.5, jitter: float = JITTER
+    ) -> Asked:
         """The first prompt of each: a jittered box, or a point in the object.
 
         Args:
             boxes: (P, 4).
             target: (P, h, w), share of each cell that the object covers.
             box_share: how often it is a box, 0 to 1.
+            jitter: of a box, see `boxes`.
         """
         boxed = self.numbers(1, "kind")[:, 0] < box_share
-        return Asked.begin(self.boxes(boxes), *self.first(target), boxed)
+        return Asked.begin(self.boxes(boxes, jitter), *self.first(target), boxed)
 
     @torch.no_grad()
-    def boxes(self, boxes: Tensor) -> Tensor:
+    def boxes(self, boxes: Tensor, jitter: float = JITTER) -> Tensor:
         """(P, 4) boxes with noise of a tenth of each side, at most 20 pixels in 1024.
 
         They stay inside the image, and are never turned inside out.
+
+        Args:
+            boxes: (P, 4).
+            jitter: deviation of the noise over a side.
 
         Source:
             Segment Anything, arXiv 2304.02643, appendix A.
         """
         size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        noise = torch.special.ndtri(self.numbers(4, "box").clamp(min=2**-25)) * JITTER * size
+        noise = torch.special.ndtri(self.numbers(4, "box").clamp(min=2**-25)) * jitter * size
         most = (0.45 * size).clamp(max=MOST * self.side)
         noise = torch.minimum(torch.maximum(noise, -most), most)
         height, width = self.sizes[self.owner].T

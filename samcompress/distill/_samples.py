@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 3 << 30
 TRIES = 20  # other images in place of one without a usable mask
-SMALLEST = 10  # cells of the low-resolution grid that an object must cover
+SMALLEST = 10 / 256**2  # of the frame that an object must cover; at SAM's size that is 10 cells
+FEWEST = 2.0  # cells that it must cover on a coarser grid
 LARGEST = 0.9  # of the image; SAM leaves larger masks out
 PASTED_REST = 0.3  # of an object must stay visible under pasted ones
 
@@ -211,7 +212,7 @@ class Samples:
             "images without a usable mask, one after the other.",
             where=f"{self.data.name}, {TRIES} images tried",
             got="; ".join(map(str, self.data.skipped[:2])) or "no object large enough",
-            expected=f"objects of at least {SMALLEST} cells of the {self.frames[0].low}-cell grid",
+            expected=f"objects of at least {self.fewest:g} cells in a grid of {self.frames[0].low}",
             fix="data with masks, a larger image size, or less large-scale jitter",
         )
 
@@ -306,7 +307,12 @@ class Samples:
         """Masks that can be learnt: not tiny in the student's grid, not nearly the whole image."""
         area = masks.sum((1, 2))
         cell = (self.largest / self.frames[0].low) ** 2
-        return masks[(area >= SMALLEST * cell) & (area <= LARGEST * masks[0:1].numel())]
+        return masks[(area >= self.fewest * cell) & (area <= LARGEST * masks[0:1].numel())]
+
+    @property
+    def fewest(self) -> float:
+        """Cells of the student's low-resolution grid that an object must cover."""
+        return max(FEWEST, SMALLEST * self.frames[0].low ** 2)
 
     def _fit(self, view: _View, frame: Frame) -> _View:
         """The view, which was made for the largest frame, for another."""

@@ -43,6 +43,8 @@ class Supervised(Learner, family="distill", phase=40):
             round and the last bring no new click, only the mask to improve.
         prompts: most objects of an image in a step, >= 1.
         box_share: how often the first prompt is a box, 0 to 1; a point otherwise.
+        box_jitter: deviation of the noise of a box's corners over its sides, >= 0. Smaller where
+            boxes will be exact.
         feed: how often the last mask is part of the next prompt, 0 to 1, drawn once a step.
         turn: None for SAM's loss, 20 focal + dice, all along. Otherwise two shares of the steps
             between which balanced cross-entropy + dice turns into it: from random weights that
@@ -89,6 +91,7 @@ class Supervised(Learner, family="distill", phase=40):
     rounds: int = 3
     prompts: int = 8
     box_share: float = 0.5
+    box_jitter: float = 0.1
     feed: float = 1.0
     turn: tuple[float, float] | None = None
     augment: Augment | None = JITTER
@@ -106,6 +109,7 @@ class Supervised(Learner, family="distill", phase=40):
         """Check the fields."""
         super().validate()
         self.between("box_share", 0, 1, closed=True)
+        self.between("box_jitter", 0, 1, closed=True)
         self.between("feed", 0, 1, closed=True)
         for name in ("rounds", "prompts"):
             if getattr(self, name) < 1:
@@ -164,7 +168,7 @@ class Rounds(Objective):
                 asked = asked.grown(*wrong)
             return terms, replace(asked, masks=mask[:, None] if fed or idle else None)
 
-        first = clicks.begin(drawn.boxes, drawn.target, box_share=s.box_share)
+        first = clicks.begin(drawn.boxes, drawn.target, box_share=s.box_share, jitter=s.box_jitter)
         return rounds(first, s.rounds, answer)
 
     def features(self, drawn: Batch) -> Tensor:
