@@ -1,4 +1,4 @@
-"""Train `mini`, the small SAM that ships with samcompress, on real images and drawn scenes.
+"""Train `mini`, a small SAM meant to ship with samcompress, on real images and drawn scenes.
 
     python examples/train_mini.py train  --data DATA --work WORK    # hours on a CPU core; resumes
     python examples/train_mini.py train  --data DATA --work WORK --device cuda --gpu

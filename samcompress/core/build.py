@@ -159,7 +159,7 @@ def build(name: str = "vit_b", *, seed: int = 0, **sizes: Any) -> Sam:
     """A SAM with random weights.
 
     Args:
-        name: ``vit_b``, ``vit_l``, ``vit_h`` or ``tiny``.
+        name: ``vit_b``, ``vit_l``, ``vit_h``, ``mini`` or ``tiny``.
         seed: of the weights; the global random state is left as it was.
         sizes: fields of `SamConfig` to change, e.g. ``image_size=512``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -58,9 +59,9 @@ class Align(Learner):
         """Steps in which each image is seen once."""
         return max(1, round(images / self.batch_size))
 
+    @abstractmethod
     def share(self, epoch: int) -> float:
         """Weight of the features in an epoch, counted from 0."""
-        raise NotImplementedError
 
 
 class Aligned(Looking):
