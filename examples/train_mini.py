@@ -41,13 +41,14 @@ from samcompress.distill.supervised import Rounds
 log = logging.getLogger("train_mini")
 SEED = 7
 HALF = 128  # side of the first three lessons
+FINER = 2  # places along the side of a pixel where an ellipse is looked up
 NEAR = Augment(scale=(0.6, 3.0))  # at half the side, so that objects keep their size in pixels
 FULL = Augment(scale=(0.6, 2.0))
 
 Lesson = Callable[[Any, dict[str, "sc.data.Dataset"]], nn.Module]
 
 # What a lesson costs: steps, and images a step.
-CPU = {"pixels": (2500, 8), "geometry": (2200, 4), "half": (6000, 8), "full": (2500, 4)}
+CPU = {"pixels": (2500, 8), "geometry": (2200, 4), "half": (2500, 8), "full": (1500, 4)}
 GPU = {"pixels": (3000, 32), "geometry": (4000, 16), "half": (12000, 32), "full": (6000, 32)}
 
 
@@ -137,7 +138,7 @@ def start(source: Samples) -> Sam:
 def pixels(data: sc.data.Dataset, args: argparse.Namespace) -> Sam:
     """The first lesson."""
     steps, size = args.cost["pixels"]
-    frame = Frame(HALF, HALF // 2, *statistics())
+    frame = Frame(HALF, HALF // 2, *statistics())  # as fine as the upscaled features
     source = Samples(data, [frame], batch_size=size, prompts=12, augment=NEAR, seed=SEED)
     objective = Pixels(start(source), source).to(args.device)
     plan = _fit.Plan(
@@ -179,7 +180,7 @@ class Ellipses:
             images=none,
             others=(),
             sizes=(size,) * len(places),
-            valid=torch.ones(len(places), HALF // 2, HALF // 2),
+            valid=torch.ones(len(places), HALF, HALF),
             target=torch.cat([target for target, _ in found]),
             boxes=torch.cat([boxes for _, boxes in found]),
             owner=torch.arange(len(places)).repeat_interleave(self.prompts),
@@ -189,17 +190,17 @@ class Ellipses:
 
     def _objects(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
         n = self.prompts
-        size = HALF / 32 * 25 ** torch.rand(n, generator=g)
+        size = HALF / 64 * 50 ** torch.rand(n, generator=g)
         shape = torch.exp(0.5 * torch.randn(n, generator=g)).clamp(0.25, 4).sqrt()
-        sides = torch.stack([size * shape, size / shape], 1).clamp(3, 0.94 * HALF)
+        sides = torch.stack([size * shape, size / shape], 1).clamp(2, 0.94 * HALF)
         centre = sides / 2 + torch.rand(n, 2, generator=g) * (HALF - sides)
         # From an ellipse, 2, towards a rectangle.
         power = (2 + 2 * torch.rand(n, generator=g) ** 2)[:, None, None]
-        pixel = torch.arange(HALF) + 0.5
+        pixel = (torch.arange(FINER * HALF) + 0.5) / FINER
         x, y = ((pixel - centre[:, i, None]).abs() / (sides[:, i, None] / 2) for i in (0, 1))
         full = (x[:, None, :] ** power + y[:, :, None] ** power <= 1).float()
         boxes = torch.cat([centre - sides / 2, centre + sides / 2], 1)
-        return F.avg_pool2d(full[:, None], 2)[:, 0], boxes
+        return F.avg_pool2d(full[:, None], FINER)[:, 0], boxes
 
 
 class Geometry(Rounds):
@@ -207,7 +208,7 @@ class Geometry(Rounds):
 
     def __init__(self, student: nn.Module, kept: Tensor, settings: Supervised, steps: int) -> None:
         source: Any = Ellipses(settings.batch_size, settings.prompts)
-        source.frames = (Frame(HALF, HALF // 2, *statistics()),)
+        source.frames = (Frame(HALF, HALF, *statistics()),)
         super().__init__(student, source, settings, steps)
         self.kept = kept
 
@@ -219,7 +220,7 @@ class Geometry(Rounds):
 def geometry(sam: nn.Module, data: sc.data.Dataset, args: argparse.Namespace) -> nn.Module:
     """The second lesson."""
     steps, size = args.cost["geometry"]
-    frame = Frame(HALF, HALF // 2, *statistics())
+    frame = Frame(HALF, HALF, *statistics())
     photos = Samples(data, [frame], batch_size=64, prompts=1, augment=NEAR, seed=SEED)
     with torch.no_grad():
         kept = sam.image_encoder(photos.draw(0, Share()).images)

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._clicks import Asked, embed
+from ._losses import to_grid
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Decoded:
     logits: Tensor
     scores: Tensor
     tokens: Tensor
+
+    def at(self, grid: int) -> Decoded:
+        """The same with float32 logits of (P, 4, n, n), for the grid that masks are compared on."""
+        return replace(self, logits=to_grid(self.logits.float(), (grid, grid)))
 
 
 def decode(model: nn.Module, features: Tensor, owner: Tensor, asked: Asked) -> Decoded:

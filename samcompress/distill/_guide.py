@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,6 @@ from ._cache import Teacher, evaluating
 from ._clicks import Asked
 from ._decode import Decoded, decode
 from ._embeddings import Embeddings
-from ._losses import to_grid
 from ._samples import Augment, Batch, Frame, Samples
 
 if TYPE_CHECKING:
@@ -64,6 +63,11 @@ class GuidedSamples:
         """S of the student's frame."""
         return self.samples.frames[0].size
 
+    @property
+    def grid(self) -> int:
+        """Cells a side of the grid that masks are compared on."""
+        return self.samples.frames[0].grid
+
     def draw(self, step: int, share: Share) -> Guided:
         """A part of the batch of a step."""
         batch = self.samples.draw(step, share)
@@ -81,7 +85,7 @@ class Guide:
     def __init__(self, teacher: Any, student: Any) -> None:
         self.teacher = teacher
         self.ratio = teacher.image_encoder.img_size / student.image_encoder.img_size
-        self.low: tuple[int, int] = student.prompt_encoder.mask_input_size
+        self.grid = Frame.of(student).grid
 
     @torch.no_grad()
     def features(self, drawn: Guided) -> Tensor:
@@ -95,10 +99,9 @@ class Guide:
 
     @torch.no_grad()
     def decode(self, features: Tensor, owner: Tensor, asked: Asked) -> Decoded:
-        """Its answers to prompts in the student's frame; logits of the student's size."""
+        """Its answers to prompts in the student's frame, on the grid of the student's."""
         with evaluating(self.teacher):
-            found = decode(self.teacher, features, owner, asked.scaled(self.ratio))
-        return replace(found, logits=to_grid(found.logits.float(), self.low))
+            return decode(self.teacher, features, owner, asked.scaled(self.ratio)).at(self.grid)
 
 
 def guided(

@@ -24,6 +24,7 @@ KEPT_BYTES = 3 << 30
 TRIES = 20  # other images in place of one without a usable mask
 SMALLEST = 10 / 256**2  # of the frame that an object must cover; at SAM's size that is 10 cells
 FEWEST = 2.0  # cells that it must cover on a coarser grid
+FINE = 256  # cells a side of the low-resolution masks of SAM itself
 LARGEST = 0.9  # of the image; SAM leaves larger masks out
 PASTED_REST = 0.3  # of an object must stay visible under pasted ones
 
@@ -34,22 +35,30 @@ class Frame:
 
     Attributes:
         size: its side S in pixels.
-        low: side of the low-resolution masks.
+        grid: cells a side of the grid that masks are compared on.
         mean: of the pixels, three channels.
         std: of the pixels, three channels.
     """
 
     size: int
-    low: int
+    grid: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Frame:
-        """That of a SAM."""
+        """That of a SAM.
+
+        The grid is that of its low-resolution masks, but finer than theirs where they are coarser
+        than SAM's own, down to a cell a pixel: means over coarse cells hide small objects, while
+        logits made larger can draw them.
+        """
         sam: Any = model
         mean, std = (tuple(t.flatten().tolist()) for t in (sam.pixel_mean, sam.pixel_std))
-        return cls(sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0], mean, std)
+        size, grid = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
+        while grid < FINE and 2 * grid <= size:
+            grid *= 2
+        return cls(size, grid, mean, std)
 
     def ready(self, image: Tensor) -> Tensor:
         """(3, h, w) in 0...255 to (3, S, S): normalised first, then padded with 0."""
@@ -101,8 +110,8 @@ class Batch:
         images: (B, 3, S, S), normalised and padded, for the student.
         others: the same images for models with other frames.
         sizes: height and width of each image inside the student's frame.
-        valid: (B, 4h, 4w), share of each low-resolution cell that shows the image.
-        target: (P, 4h, 4w), share of each cell that the object covers.
+        valid: (B, n, n), share of each cell of the frame's grid that shows the image.
+        target: (P, n, n), share of each cell that the object covers.
         boxes: (P, 4), x0, y0, x1, y1 of the objects in the student's frame.
         owner: (P,) int64, which of the B images.
         places: of the B images in the whole batch.
@@ -174,7 +183,7 @@ class Samples:
         """A part of the batch of a step."""
         chosen = batch(len(self.data), self.batch_size, seed=self.seed, step=step)
         found = [self._usable(index, step, place) for place, index in share.of(chosen)]
-        frame, ratio = self.frames[0], self.frames[0].size // self.frames[0].low
+        frame, ratio = self.frames[0], self.frames[0].size // self.frames[0].grid
         images, others, sizes, valid, targets, boxes, owner = [], [], [], [], [], [], []
         for number, (_, _, view) in enumerate(found):
             fitted = self._fit(view, frame)
@@ -212,7 +221,7 @@ class Samples:
             "images without a usable mask, one after the other.",
             where=f"{self.data.name}, {TRIES} images tried",
             got="; ".join(map(str, self.data.skipped[:2])) or "no object large enough",
-            expected=f"objects of at least {self.fewest:g} cells in a grid of {self.frames[0].low}",
+            expected=f"objects of {self.fewest:g} cells or more, in a grid of {self.frames[0].grid}",
             fix="data with masks, a larger image size, or less large-scale jitter",
         )
 
@@ -306,13 +315,13 @@ class Samples:
     def _large(self, masks: Tensor) -> Tensor:
         """Masks that can be learnt: not tiny in the student's grid, not nearly the whole image."""
         area = masks.sum((1, 2))
-        cell = (self.largest / self.frames[0].low) ** 2
+        cell = (self.largest / self.frames[0].grid) ** 2
         return masks[(area >= self.fewest * cell) & (area <= LARGEST * masks[0:1].numel())]
 
     @property
     def fewest(self) -> float:
-        """Cells of the student's low-resolution grid that an object must cover."""
-        return max(FEWEST, SMALLEST * self.frames[0].low ** 2)
+        """Cells of the student's grid that an object must cover."""
+        return max(FEWEST, SMALLEST * self.frames[0].grid**2)
 
     def _fit(self, view: _View, frame: Frame) -> _View:
         """The view, which was made for the largest frame, for another."""

@@ -195,7 +195,7 @@ class Stages(Objective):
         gains: list[Tensor] = []
         for asked, rows in self.asked(features.detach(), batch, step):
             owner, target = batch.owner[rows], batch.target[rows]
-            mine = decode(self.student, features, owner, asked)
+            mine = decode(self.student, features, owner, asked).at(self.source.grid)
             teacher = self.guide.decode(taught, owner, asked)
             valid = batch.valid[owner]
             actual = iou(mine.logits, target, valid)
@@ -228,7 +228,8 @@ class Stages(Objective):
         asked = Asked.begin(batch.boxes, *clicks.first(batch.target), points)
         groups = []
         for number in range(count):
-            mask = chosen(decode(self.student, features, batch.owner[rows], asked), asked)
+            answer = decode(self.student, features, batch.owner[rows], asked)
+            mask = chosen(answer.at(self.source.grid), asked)
             truth = batch.target[rows] >= 0.5
             more = asked.grown(
                 *clicks.errors(mask > 0, truth, number, rows=rows, policy="fn_only", ignore_below=1)

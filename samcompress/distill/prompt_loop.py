@@ -171,7 +171,7 @@ class Loop(Objective):
 
         def respond(asked: Asked, rows: Tensor, number: int) -> tuple[dict[str, Tensor], Asked]:
             owner = batch.owner[rows]
-            mine = decode(self.student, features, owner, asked)
+            mine = decode(self.student, features, owner, asked).at(self.source.grid)
             teacher = self.guide.decode(taught, owner, asked)
             terms = self._terms(mine, teacher, _shares(asked, mine), batch.valid[owner])
             if number + 1 < s.rounds:
@@ -212,6 +212,6 @@ def _shares(asked: Asked, decoded: Decoded) -> Tensor:
 
 
 def best(logits: Tensor, scores: Tensor, asked: Asked) -> Tensor:
-    """(P, 4h, 4w) logits of a box's single mask, or of a point's best by the scores."""
+    """(P, n, n) logits of a box's single mask, or of a point's best by the scores."""
     index = torch.where(_boxed(asked), 0, scores.argmax(1))
     return logits.detach()[torch.arange(len(index)), index]

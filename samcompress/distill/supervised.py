@@ -161,12 +161,15 @@ class Rounds(Objective):
         def answer(asked: Asked, rows: Tensor, number: int) -> tuple[dict[str, Tensor], Asked]:
             target, owner = drawn.target[rows], drawn.owner[rows]
             decoded = decode(self.student, features, owner, asked)
-            terms = self._terms(decoded, target, drawn.valid[owner], step)
-            mask = chosen(decoded, asked)
+            shown = decoded.at(self.source.frames[0].grid)
+            terms = self._terms(shown, target, drawn.valid[owner], step)
+            mask = chosen(decoded, asked)[:, None] if fed or idle else None
             if number + 1 not in idle:
-                wrong = clicks.errors(mask > 0, target >= 0.5, number, rows=rows, ignore_below=1)
-                asked = asked.grown(*wrong)
-            return terms, replace(asked, masks=mask[:, None] if fed or idle else None)
+                answer, truth = chosen(shown, asked) > 0, target >= 0.5
+                asked = asked.grown(
+                    *clicks.errors(answer, truth, number, rows=rows, ignore_below=1)
+                )
+            return terms, replace(asked, masks=mask)
 
         first = clicks.begin(drawn.boxes, drawn.target, box_share=s.box_share, jitter=s.box_jitter)
         return rounds(first, s.rounds, answer)
@@ -201,7 +204,7 @@ class Rounds(Objective):
 
 
 def chosen(decoded: Decoded, asked: Asked) -> Tensor:
-    """(P, 4h, 4w) logits a user would go on with: one point's best by score, else the single."""
+    """(P, h, w) logits a user would go on with: one point's best by score, else the single."""
     index = decoded.scores[:, 1:].argmax(1) + 1
     index = torch.where(asked.ambiguous, index, 0)
     return decoded.logits.detach()[torch.arange(len(index)), index].float()

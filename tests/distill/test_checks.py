@@ -154,7 +154,8 @@ def test_two_processes_equal_one(name: str, two: Path) -> None:
     main, other = (load_file(two / f"{name}-{rank}") for rank in (0, 1))
     assert fitting.same(main, other)
     step = preset(name, **presets.SHARED)
-    done = trained(step)
+    done, before = trained(step), random_sam().state_dict()
+    assert max((main[k] - v).abs().max() for k, v in before.items()) > step.lr
     for key, value in done.state_dict().items():
         apart = (main[key] - value).abs()
         if key.endswith("k_proj.bias"):

@@ -88,8 +88,9 @@ def test_terms_by_hand() -> None:
         features = student.image_encoder(batch.images)
         taught = teacher.image_encoder(batch.images)
         ((asked, rows),) = objective.asked(features, batch, 0)
+        grid = objective.source.grid
         mine, other = (
-            decode(m, f, owner, asked) for m, f in ((student, features), (teacher, taught))
+            decode(m, f, owner, asked).at(grid) for m, f in ((student, features), (teacher, taught))
         )
     assert torch.equal(rows, torch.arange(len(owner)))
     assert asked.labels.tolist() == [[1, -1]] * len(owner)
@@ -199,7 +200,8 @@ def test_clicks_lie_in_what_is_missed() -> None:
         assert asked.masks is None
         for count in range(2, asked.labels.shape[1]):
             earlier = replace(asked, points=asked.points[:, :count], labels=asked.labels[:, :count])
-            mask = chosen(decode(student, features, batch.owner[rows], earlier), earlier) > 0
+            answer = decode(student, features, batch.owner[rows], earlier)
+            mask = chosen(answer.at(objective.source.grid), earlier) > 0
             missed = (batch.target[rows] >= 0.5) & ~mask & (batch.valid[batch.owner[rows]] >= 0.5)
             cell = to_cell(asked.points[:, count], 64 / mask.shape[-1])
             assert missed[torch.arange(len(rows)), cell[:, 1], cell[:, 0]].all()

@@ -74,7 +74,8 @@ def test_student_that_is_the_teacher(box_share: float, monkeypatch: pytest.Monke
     assert (labels == -1).all()
     assert terms["iou"].item() == 0
     # What is left is how unsure the teacher is of its own masks.
-    logits = answers.calls[0][2].logits[:, : 1 if box_share else 4]
+    shown = answers.calls[0][2].at(objective.source.grid)
+    logits = shown.logits[:, : 1 if box_share else 4]
     valid = drawn.batch.valid[drawn.batch.owner]
     target = (logits > 0).float()
     for name, loss in (("cross-entropy", bce), ("dice", dice)):
@@ -176,7 +177,7 @@ def test_clicks_lie_where_the_masks_differ(monkeypatch: pytest.MonkeyPatch) -> N
         assert there[0][3] is here[0][3]
         assert here[0][3].masks is None
         assert not here[0][3].points.requires_grad
-        assert there[2].logits.shape == here[2].logits.shape
+        assert there[2].logits.shape == here[2].at(objective.source.grid).logits.shape
     for (_, student_mask, teacher_mask, _), kwargs, (points, labels) in errors_.calls:
         rows = kwargs["rows"]
         cell = to_cell(points, 64 / student_mask.shape[-1])
@@ -198,7 +199,7 @@ def test_teacher_answers_on_the_students_grid() -> None:
     found = objective.guide.decode(features, torch.tensor([1]), asked).logits
     same = Asked(torch.tensor([[[20.5, 40.5], [0, 0]]]), asked.labels)
     expected = decode(teacher, features, torch.tensor([1]), same).logits
-    torch.testing.assert_close(found, to_grid(expected, (32, 32)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, to_grid(expected, (64, 64)), rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- gradients

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from samcompress.core.data import Dataset, Sample
 from samcompress.core.predict import preprocess
 from samcompress.distill._samples import Augment, Batch, Frame, Samples
 
-FRAME = Frame.of(random_sam())  # 64 pixels, masks of 32 x 32 cells
+FRAME = replace(Frame.of(random_sam()), grid=32)  # 64 pixels
 STILL = Augment(scale=(1, 1), flip=0, colour=0, grey=0, paste=0)
 
 
@@ -129,6 +131,24 @@ def test_pasted_objects_hide_what_lies_under_them() -> None:
     assert changed >= 5
 
 
+@pytest.mark.parametrize(
+    ("size", "patch", "low", "grid"),
+    [
+        (1024, 16, 256, 256),
+        (512, 16, 128, 256),
+        (384, 16, 96, 384),
+        (256, 8, 128, 256),
+        (64, 8, 32, 64),
+    ],
+)
+def test_masks_are_compared_on_a_grid_as_fine_as_sams(
+    size: int, patch: int, low: int, grid: int
+) -> None:
+    model = random_sam(image_size=size, patch_size=patch)
+    assert model.prompt_encoder.mask_input_size == (low, low)
+    assert Frame.of(model).grid == grid
+
+
 def test_two_frames_show_the_same() -> None:
     small, large = FRAME, Frame(128, 64, FRAME.mean, FRAME.std)
     data = sc.shapes(4, size=(96, 128))
@@ -156,7 +176,7 @@ def test_images_without_masks() -> None:
         "images without a usable mask, one after the other.\n"
         "  where     custom, 20 images tried\n"
         "  got       no object large enough\n"
-        "  expected  objects of at least 2 cells in a grid of 32\n"
+        "  expected  objects of 2 cells or more, in a grid of 32\n"
         "  try       data with masks, a larger image size, or less large-scale jitter"
     )
 
