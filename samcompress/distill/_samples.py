@@ -221,7 +221,7 @@ class Samples:
             "images without a usable mask, one after the other.",
             where=f"{self.data.name}, {TRIES} images tried",
             got="; ".join(map(str, self.data.skipped[:2])) or "no object large enough",
-            expected=f"objects of {self.fewest:g} cells or more, in a grid of {self.frames[0].grid}",
+            expected=f"objects of {self.fewest:g} cells or more of the {self.frames[0].grid} a side",
             fix="data with masks, a larger image size, or less large-scale jitter",
         )
 
@@ -321,7 +321,7 @@ class Samples:
     @property
     def fewest(self) -> float:
         """Cells of the student's grid that an object must cover."""
-        return max(FEWEST, SMALLEST * self.frames[0].grid**2)
+        return max(FEWEST, SMALLEST * self.frames[0].grid ** 2)
 
     def _fit(self, view: _View, frame: Frame) -> _View:
         """The view, which was made for the largest frame, for another."""
