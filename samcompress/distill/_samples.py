@@ -221,7 +221,7 @@ class Samples:
             "images without a usable mask, one after the other.",
             where=f"{self.data.name}, {TRIES} images tried",
             got="; ".join(map(str, self.data.skipped[:2])) or "no object large enough",
-            expected=f"objects of {self.fewest:g} cells or more of the {self.frames[0].grid} a side",
+            expected=f"objects of at least {self.fewest:g} cells, {self.frames[0].grid} a side",
             fix="data with masks, a larger image size, or less large-scale jitter",
         )
 

@@ -176,7 +176,7 @@ def test_images_without_masks() -> None:
         "images without a usable mask, one after the other.\n"
         "  where     custom, 20 images tried\n"
         "  got       no object large enough\n"
-        "  expected  objects of 2 cells or more of the 32 a side\n"
+        "  expected  objects of at least 2 cells, 32 a side\n"
         "  try       data with masks, a larger image size, or less large-scale jitter"
     )
 
