@@ -12,6 +12,7 @@ from .core.checkpoint import save
 from .core.data import Dataset, Sample, shapes
 from .core.history import Step, lineage
 from .core.load import load
+from .core.models import list_models, model_info
 from .core.pipeline import Pipeline, list_recipes
 from .core.predict import Embedding, Prediction, predict
 from .core.prompt import Prompt
@@ -44,9 +45,11 @@ __all__ = [
     "evaluate",
     "get",
     "lineage",
+    "list_models",
     "list_recipes",
     "list_transforms",
     "load",
+    "model_info",
     "predict",
     "prune",
     "quantize",

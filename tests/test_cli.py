@@ -37,16 +37,16 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def test_list_has_three_headings() -> None:
+def test_list_has_four_headings() -> None:
     done = run("list")
     assert done.exit_code == 0
     titles = [line for line in done.stdout.splitlines() if line.islower() and " " not in line]
-    assert titles == ["techniques", "architectures", "recipes"]
+    assert titles == ["techniques", "architectures", "recipes", "models"]
     for name in sc.list_transforms():
         assert name in done.stdout
-    found = json.loads(run("list", "prune.*", "--json", "-").stdout)
+    found = json.loads(run("list", "prune.ml*", "--json", "-").stdout)
     assert [row["name"] for row in found[0]["rows"]] == ["prune.mlp"]
-    assert found[1]["rows"] == found[2]["rows"] == []
+    assert found[1]["rows"] == found[2]["rows"] == found[3]["rows"] == []
 
 
 def test_info_of_technique_recipe_and_folder(small: Path) -> None:

@@ -52,8 +52,8 @@ app.add_typer(recipes, name="recipe", rich_help_panel=None)
 Model = Annotated[
     str,
     typer.Option(
-        help="tiny, a .pth or .safetensors file, a folder, a Hub id; vit_b:random for random "
-        "weights, vit_b:random@image_size=512 for other sizes."
+        help="tiny, a model of `samcompress list`, a .pth or .safetensors file, a folder, a Hub "
+        "id; vit_b:random for random weights, vit_b:random@image_size=512 for other sizes."
     ),
 ]
 Models = Annotated[

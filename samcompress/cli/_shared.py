@@ -19,6 +19,7 @@ from ..core.display import Table
 from ..core.errors import ConfigError
 from ..core.files import write_whole
 from ..core.load import SHIPPED
+from ..core.zoo import published
 from ..evaluate.plots import png
 
 
@@ -67,7 +68,7 @@ def load(source: str, device: str = "cpu") -> Any:
 def source_of(source: str) -> Any:
     """``vit_b:random@image_size=512`` as a model of random weights; anything else as it is."""
     name, random, sizes = source.partition(":random")
-    if not random and source in ARCHITECTURES and source not in SHIPPED:
+    if not random and source in ARCHITECTURES and source not in (*SHIPPED, *published()):
         raise ConfigError(
             f"{source} names an architecture, which has no weights.",
             expected="a checkpoint, a folder, or a Hub id such as facebook/sam-vit-base",
@@ -83,6 +84,9 @@ def source_of(source: str) -> Any:
             "these sizes are not understood.", got=source, expected="vit_b:random@image_size=512"
         ) from err
     say(f"{source}: random weights, of use for times and sizes only")
+    if name in published() and name not in ARCHITECTURES and values.keys() == {"image_size"}:
+        resize = sc.get("substitute.image_size", size=values["image_size"])
+        return resize(sc.build(name), consume=True)
     return sc.build(name, **values)
 
 

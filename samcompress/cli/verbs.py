@@ -24,21 +24,24 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="Wildcards, e.g. 'prune.*'.")] = "*",
     to_json: Json = None,
 ) -> None:
-    """List techniques, architectures and recipes.
+    """List techniques, architectures, recipes and published models.
 
-    Python: sc.list_transforms(pattern), sc.ARCHITECTURES, sc.list_recipes()
+    Python: sc.list_transforms(), sc.ARCHITECTURES, sc.list_recipes(), sc.list_models()
     """
     show(*listing.catalog(pattern), to_json=to_json)
 
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="prune.mlp, small.json, or a saved model's folder.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="prune.mlp, mobile_sam, small.json, or a saved model's folder."),
+    ],
     to_json: Json = None,
 ) -> None:
-    """Show a technique's card, a recipe's steps, or a model's history and hashes.
+    """Show a technique's card, a published model's facts, a recipe's steps, a model's history.
 
-    Python: help(type(sc.get(name))), sc.Pipeline.load(name), sc.lineage(sc.load(folder))
+    Python: help(type(sc.get(name))), sc.model_info(name), sc.Pipeline.load(name), sc.lineage(model)
     """
     text, tables = listing.describe(name)
     if to_json != "-":

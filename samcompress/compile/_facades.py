@@ -16,6 +16,9 @@ from ..core.errors import BackendError
 from ._graphs import BOTTOM_RIGHT, NO_POINT, PLAIN, TOP_LEFT
 from .backends import BACKENDS, Run
 
+# Padding points that segment_anything adds to nothing, points, a box, and both.
+PADDING = (0, 1, 0, 0)
+
 
 class Folder:
     """A temporary folder that goes when the last module that uses it goes."""
@@ -118,6 +121,7 @@ class PackedPrompts(nn.Module):
         embed_dim: channels C.
         image_embedding_size: the grid h, w.
         input_image_size: the padded frame S, S.
+        padding: padding points of a prompt of nothing, of points, of a box, and of both.
     """
 
     def __init__(
@@ -126,8 +130,10 @@ class PackedPrompts(nn.Module):
         embed_dim: int,
         image_embedding_size: tuple[int, int],
         input_image_size: tuple[int, int],
+        padding: Sequence[int] = PADDING,
     ) -> None:
         super().__init__()
+        self.padding = tuple(padding)
         self.pe_layer = pe_layer
         self.embed_dim = embed_dim
         self.image_embedding_size = image_embedding_size
@@ -163,8 +169,8 @@ class PackedPrompts(nn.Module):
             # Labels above 1 mean a box only where there is one; here they mean nothing.
             labels = torch.where(labels.abs() <= 1, labels, PLAIN)
             packed.append(torch.cat([coords, labels[..., None]], -1))
-            if boxes is None:
-                packed.append(torch.tensor([0, 0, NO_POINT], device=device).expand(count, 1, 3))
+        added = self.padding[(points is not None) + 2 * (boxes is not None)]
+        packed.append(torch.tensor([0, 0, NO_POINT], device=device).expand(count, added, 3))
         if boxes is not None:
             corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=device)
             corners = corners.view(1, 2, 1).expand(count, 2, 1)
@@ -175,7 +181,15 @@ class PackedPrompts(nn.Module):
 
 
 class ExportedDecoder(Exported):
-    """Prompt encoder and mask decoder over one exported graph."""
+    """Prompt encoder and mask decoder over one exported graph.
+
+    Attributes:
+        features: channels of the embedding beyond those of the prompts.
+    """
+
+    def __init__(self, backend: str, files: Sequence[str], features: int = 0) -> None:
+        super().__init__(backend, files)
+        self.features = features
 
     def forward(
         self,

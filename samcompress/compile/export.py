@@ -20,7 +20,7 @@ from ..core.errors import BackendError, ModelError
 from ..core.files import whole
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
-from ._facades import ExportedDecoder, ExportedEncoder, Folder, PackedPrompts
+from ._facades import PADDING, ExportedDecoder, ExportedEncoder, Folder, PackedPrompts
 from ._graphs import PromptDecoder
 from .backends import BACKENDS, Options
 
@@ -141,16 +141,19 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
             state["channels"],
             tuple(state["grid"]),
             tuple(state["frame"]),
+            state.get("padding", PADDING),
         )
         files = state["files"]
         model.image_encoder = ExportedEncoder(
             state["backend"], files["encoder"], state["image_size"]
         )
-        model.mask_decoder = ExportedDecoder(state["backend"], files["prompt_decoder"])
+        model.mask_decoder = ExportedDecoder(
+            state["backend"], files["prompt_decoder"], state.get("features", 0)
+        )
         return state
 
     def _sizes(self, eager: Any) -> State:
-        encoder, prompts, _ = eager
+        encoder, prompts, decoder = eager
         return {
             "backend": self.backend,
             "dtype": self.dtype,
@@ -159,6 +162,8 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
             "channels": prompts.embed_dim,
             "grid": list(prompts.image_embedding_size),
             "frame": list(prompts.input_image_size),
+            "features": getattr(decoder, "features", 0),
+            "padding": _padding(prompts),
         }
 
     def _write(self, eager: Any, folder: Path, ctx: Context) -> dict[str, list[str]]:
@@ -170,7 +175,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
                 PromptDecoder(prompts, decoder).eval(),
                 # Two prompts of three points: sizes of 1 would be taken as fixed.
                 (
-                    torch.zeros(1, prompts.embed_dim, h, w),
+                    torch.zeros(1, prompts.embed_dim + getattr(decoder, "features", 0), h, w),
                     torch.zeros(2, 3, 2),
                     torch.ones(2, 3),
                     torch.zeros(2, 1, 4 * h, 4 * w),
@@ -209,6 +214,17 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
             errors[kind] = max(errors.get(kind, 0.0), difference)
             reference[name] = [float(expected.mean()), float(expected.std(correction=0))]
         return {"tolerance": tolerance, "errors": errors, "reference": reference}
+
+
+def _padding(prompt_encoder: Any) -> list[int]:
+    """How many points of no meaning the encoder adds: to nothing, points, a box, and both."""
+    device = device_of(prompt_encoder)
+    points = torch.zeros(1, 1, 2, device=device), torch.ones(1, 1, device=device)
+    box = torch.zeros(1, 4, device=device)
+    asked = ((None, None, 0), (points, None, 1), (None, box, 2), (points, box, 3))
+    return [
+        prompt_encoder(points=p, boxes=b, masks=None)[0].shape[1] - count for p, b, count in asked
+    ]
 
 
 def _bind(model: Any, folder: Path, keep: Folder | None = None) -> None:

@@ -7,6 +7,7 @@ from .checkpoint import save
 from .contract import check_sam, parts
 from .history import Step, lineage
 from .load import load
+from .models import list_models, model_info
 from .pipeline import Pipeline, list_recipes
 from .predict import Embedding, Prediction, predict
 from .prompt import Prompt
@@ -31,9 +32,11 @@ __all__ = [
     "expect",
     "get",
     "lineage",
+    "list_models",
     "list_recipes",
     "list_transforms",
     "load",
+    "model_info",
     "parts",
     "predict",
     "register",

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ._pickled import module_state
 from .errors import CheckpointError
 
 TensorDict = dict[str, Tensor]
@@ -22,13 +23,17 @@ TensorDict = dict[str, Tensor]
 # Where training scripts put the weights inside a larger file, and before their names.
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 PREFIXES = ("module.", "sam.", "model.")
+# How MobileSAMv2's file of two state dicts calls its parts; the first is spelled so there.
+PARTS = {"PromtEncoder": "prompt_encoder", "MaskDecoder": "mask_decoder"}
 
 
 def read_state(path: Path) -> TensorDict:
     """The tensors of a ``.safetensors`` file or of one made by ``torch.save``, on the CPU.
 
-    Pickles are read with ``weights_only=True``: only tensors and plain values are made. Wrappers
-    such as ``{"model": ...}`` and prefixes such as ``module.`` are taken off.
+    Pickles are read with ``weights_only=True``: only tensors and plain values are made, and of a
+    pickled module its tensors without its code. Wrappers such as ``{"model": ...}`` and prefixes
+    such as ``module.`` are taken off; of several state dicts in one file each name begins with its
+    part's.
 
     Raises:
         CheckpointError: if the file is empty, damaged, of another format, or holds code.
@@ -53,6 +58,17 @@ def plain_names(state: TensorDict) -> TensorDict:
         if state and all(name.startswith(prefix) for name in state):
             return plain_names({name.removeprefix(prefix): t for name, t in state.items()})
     return state
+
+
+def namings(state: TensorDict) -> Iterator[TensorDict]:
+    """The tensors as they are, then without what all names begin with, one component at a time."""
+    yield state
+    while len(roots := {name.split(".")[0] for name in state}) == 1:
+        start = f"{roots.pop()}."
+        if not all(name.startswith(start) for name in state):
+            return
+        state = {name.removeprefix(start): tensor for name, tensor in state.items()}
+        yield state
 
 
 def first_line(error: BaseException | str) -> str:
@@ -87,20 +103,15 @@ def _read_torch(path: Path) -> Any:
         found = re.search(r"GLOBAL (\S+)", str(err))
         if found is None:
             raise _other_format(path) from err
-        raise CheckpointError(
-            "the file holds code, not only tensors; it was refused and nothing of it was run.",
-            where=str(path),
-            got=f"a pickled {found[1]}",
-            expected="tensors by name, as torch.save(model.state_dict(), path) writes them",
-            fix="if you trust the file: load it where its code is and save the state dict alone",
-        ) from err
+        return module_state(path, refused=found[1])
     except EOFError as err:
         raise _damaged(path, "unexpected end of file") from err
     except RuntimeError as err:
         if "TorchScript" in str(err):
             raise _other_format(path, "a TorchScript archive") from err
         if zipped and "PytorchStreamReader" not in str(err):
-            raise _other_format(path, "a zip archive that torch.save did not write") from err
+            other = "a zip archive that torch.save did not write"
+            raise _other_format(path, other, fix="unpack it, and load the file inside") from err
         raise _damaged(path, err) from err
     except (OSError, MemoryError):
         raise
@@ -113,9 +124,7 @@ def _unwrap(content: Any, path: Path) -> TensorDict:
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return _unwrap(content[key], path)
-    tensors = {}
-    if isinstance(content, Mapping):
-        tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    tensors = _tensors(content) or _parts(content)
     if not tensors:
         raise CheckpointError(
             "the file holds no tensors by name.",
@@ -124,6 +133,22 @@ def _unwrap(content: Any, path: Path) -> TensorDict:
             expected="a state dict, alone or under " + ", ".join(map(repr, WRAPPERS)),
         )
     return tensors
+
+
+def _tensors(content: Any) -> TensorDict:
+    items = content.items() if isinstance(content, Mapping) else ()
+    return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
+
+
+def _parts(content: Any) -> TensorDict:
+    """State dicts side by side, their names behind that of the part; one alone as it is."""
+    items = content.items() if isinstance(content, Mapping) else ()
+    found = {
+        PARTS.get(str(key), str(key)): part for key, value in items if (part := _tensors(value))
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return {f"{part}.{name}": t for part, inner in found.items() for name, t in inner.items()}
 
 
 def _outline(content: Any) -> str:
@@ -143,7 +168,7 @@ def _damaged(path: Path, why: BaseException | str) -> CheckpointError:
     )
 
 
-def _other_format(path: Path, got: str | None = None) -> CheckpointError:
+def _other_format(path: Path, got: str | None = None, *, fix: str | None = None) -> CheckpointError:
     if got is None:
         with path.open("rb") as file:
             got = f"a file that begins with {file.read(16)!r}"
@@ -152,4 +177,5 @@ def _other_format(path: Path, got: str | None = None) -> CheckpointError:
         where=str(path),
         got=got,
         expected="a .safetensors file, or one written by torch.save",
+        fix=fix,
     )

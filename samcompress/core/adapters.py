@@ -1,4 +1,4 @@
-"""transformers' SamModel in and out: the same tensors under other names."""
+"""transformers' SamModel in and out, SAM 2 and EdgeTAM in: the same tensors under other names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
-from ._infer import assemble, config_from_state
+from ._infer import assemble, config_from_state, fill, statistics
 from ._require import require
+from ._sam2 import SECTIONS, Sam2Config
 from ._weights import TensorDict, read_state
 from .build import SamConfig, config_of
 from .contract import device_of, dtype_of
 from .errors import CheckpointError, ModelError
+from .history import Base, History, remember
 
 if TYPE_CHECKING:
     from transformers import SamModel
@@ -51,10 +53,40 @@ RULES: tuple[tuple[str, str], ...] = (
 HEADS = {
     "mask_decoder.output_hypernetworks_mlps.#": 3,
     "mask_decoder.iou_prediction_head": None,  # as deep as the model says
+    "mask_decoder.pred_obj_score_head": 3,  # of SAM 2 alone
 }
 # The Fourier matrix has a second, tied name; a file may hold either or both.
 SHARED = "shared_image_embedding.positional_embedding"
 TIED = "prompt_encoder.shared_embedding.positional_embedding"
+# What of SAM 2 and EdgeTAM is named otherwise.
+SAM2_RULES: tuple[tuple[str, str], ...] = (
+    ("image_encoder.vision", "vision_encoder"),
+    ("image_encoder.conv_s#", "mask_decoder.conv_s#"),
+    ("image_encoder.no_memory_embedding", "no_memory_embedding"),
+    ("prompt_encoder.grid_layer.positional_encoding_gaussian_matrix", SHARED),
+    ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", TIED),
+    (
+        "mask_decoder.transformer.layers.#.mlp.lin1",
+        "mask_decoder.transformer.layers.#.mlp.proj_in",
+    ),
+    (
+        "mask_decoder.transformer.layers.#.mlp.lin2",
+        "mask_decoder.transformer.layers.#.mlp.proj_out",
+    ),
+)
+# How names of the memory begin, which only videos use. Published files hold it too.
+MEMORY = (
+    "memory_",
+    "mask_downsample.",
+    "object_pointer_proj.",
+    "temporal_positional_encoding_projection_layer.",
+    "no_memory_positional_encoding",
+    "no_object_pointer",
+    "occlusion_spatial_embedding_parameter",
+    "spatial_perceiver.",
+)
+# Model types of transformers, and their classes. Video models are those with a memory.
+KINDS = {"sam": "SamModel", "sam2": "Sam2Model", "edgetam": "EdgeTamModel"}
 # Where save_pretrained puts the weights, most wanted first.
 FILES = (
     "model.safetensors",
@@ -62,6 +94,8 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
+# Where save_pretrained puts the settings of the image processor: alone, or as a part.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Settings that no shape shows, with the values for which the two implementations agree.
 AGREES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("vision_config", "hidden_act"): ("gelu",),
@@ -71,47 +105,63 @@ AGREES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("mask_decoder_config", "hidden_act"): ("relu",),
     ("mask_decoder_config", "layer_norm_eps"): (1e-5, 1e-6),
 }
+SAM2_AGREES: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("vision_config", "num_feature_levels"): (3,),
+    ("prompt_encoder_config", "hidden_act"): ("gelu",),
+    ("prompt_encoder_config", "layer_norm_eps"): (1e-6,),
+    # Of the transformer, and at once of each MLP in it.
+    ("mask_decoder_config", "num_hidden_layers"): (2,),
+}
 
 
 def from_transformers(source: nn.Module | str | Path) -> Sam:
-    """A SAM with the weights of a transformers SamModel.
+    """A SAM with the weights of a transformers SamModel, Sam2Model or EdgeTamModel.
 
-    Masks agree to about 1e-5 of their range: transformers gives the decoder's norms an eps of 1e-6,
-    segment_anything, with which the published weights were trained, 1e-5. With that value in the
-    configuration, as `to_transformers` writes it, they agree to rounding.
+    Masks of a SamModel agree to about 1e-5 of their range: transformers gives the decoder's norms
+    an eps of 1e-6, segment_anything, with which the published weights were trained, 1e-5. With that
+    value in the configuration, as `to_transformers` writes it, they agree to rounding. SAM 2 and
+    EdgeTAM agree to rounding; of a video model only what it does to one image is taken.
 
     Args:
-        source: a SamModel, or a folder with its ``config.json`` and weights; the package
-            transformers is not needed to read a folder.
+        source: such a model, or a folder with its ``config.json`` and weights; the package
+            transformers is not needed to read a folder of a SamModel.
 
     Returns:
-        The model in eval mode: on the device and in the dtype of a SamModel, or on the CPU in
-        float32 from a folder.
+        The model in eval mode: on the device and in the dtype of a model, or on the CPU in float32
+        from a folder.
 
     Raises:
-        ModelError: if the model is not a SamModel, or has settings that SAM does not.
+        ModelError: if the model is of another class, or has settings that SAM does not.
         CheckpointError: if a folder lacks a file, or its tensors do not fit.
+        MissingDependencyError: if transformers, or timm for EdgeTAM, is needed and not installed.
     """
     if isinstance(source, nn.Module):
-        if type(source).__name__ != "SamModel":
+        kind = kind_of(source)
+        if kind is None:
             raise ModelError(
-                "this is not a transformers SamModel.",
+                "this is not a SAM of transformers.",
                 got=f"{type(source).__module__}.{type(source).__qualname__}",
-                expected="transformers.SamModel",
+                expected=", ".join(f"transformers.{name}" for name in KINDS.values()),
             )
-        where = "SamModel"
-        sam = _convert(dict(source.state_dict()), source.config.to_dict(), where)  # type: ignore[operator, union-attr]
+        settings = source.config.to_dict()  # type: ignore[operator, union-attr]
+        sam = _convert(kind, dict(source.state_dict()), settings, type(source).__name__)
         return sam.to(device_of(source), dtype_of(source))
     folder = Path(source)
     settings = _json(folder / "config.json")
-    if settings.get("model_type") != "sam":
+    kind = _kind(settings.get("model_type"))
+    if kind is None:
         raise CheckpointError(
-            "this transformers model is not a SAM of the first generation.",
+            "this transformers model is not a SAM that can be read.",
             where=str(folder / "config.json"),
             got=f"model_type {settings.get('model_type')!r}",
-            expected="model_type 'sam'",
+            expected=f"model_type {', '.join(map(repr, KINDS))}",
         )
-    return _convert(_folder_state(folder), settings, str(folder), _statistics(folder))
+    return _convert(kind, _folder_state(folder), settings, str(folder), _statistics(folder))
+
+
+def kind_of(model: object) -> str | None:
+    """Which SAM of transformers an object is, one of `KINDS`; None if it is none."""
+    return _kind(getattr(getattr(model, "config", None), "model_type", None))
 
 
 def to_transformers(sam: nn.Module) -> SamModel:
@@ -149,10 +199,7 @@ def state_from_transformers(state: TensorDict) -> TensorDict:
     tied = state.pop(TIED, None)
     if tied is not None:
         state.setdefault(SHARED, tied)
-    inner = {
-        n.split(".")[3] for n in state if n.startswith("mask_decoder.iou_prediction_head.layers.")
-    }
-    names = rules(len(inner) + 2)
+    names = _rules_for(state)
     return {rename(name, names, back=True): tensor for name, tensor in state.items()}
 
 
@@ -169,6 +216,12 @@ def rules(iou_head_depth: int) -> tuple[tuple[str, str], ...]:
     return (*heads, *RULES)
 
 
+def _rules_for(state: TensorDict) -> tuple[tuple[str, str], ...]:
+    """Those for the tensors of a model of transformers."""
+    layers = "mask_decoder.iou_prediction_head.layers."
+    return rules(len({name.split(".")[3] for name in state if name.startswith(layers)}) + 2)
+
+
 def rename(name: str, names: tuple[tuple[str, str], ...], *, back: bool = False) -> str:
     """A tensor's name in transformers; with `back`, that in segment_anything."""
     for ours, theirs in names:
@@ -181,22 +234,62 @@ def rename(name: str, names: tuple[tuple[str, str], ...], *, back: bool = False)
     return name
 
 
+def state_from_sam2(state: TensorDict) -> TensorDict:
+    """The tensors of a Sam2Model or EdgeTamModel under our names; unknown names stay as they are.
+
+    Those of the memory, which only videos use, are left out.
+    """
+    state = {name: t for name, t in state.items() if not name.startswith(MEMORY)}
+    for name, twin in ((SHARED, TIED), (TIED, SHARED)):
+        if twin in state:
+            state.setdefault(name, state[twin])
+    names = (*SAM2_RULES, *_rules_for(state))
+    found: TensorDict = {}
+    for name, tensor in state.items():
+        if name == "prompt_encoder.point_embed.weight":
+            for index, row in enumerate(tensor):
+                found[f"prompt_encoder.point_embeddings.{index}.weight"] = row[None]
+        else:
+            ours = rename(name, names, back=True)
+            if ours.startswith("mask_decoder."):
+                ours = ours.replace(".o_proj.", ".out_proj.")
+            found[ours] = tensor
+    return found
+
+
+def _kind(model_type: object) -> str | None:
+    kind = str(model_type).removesuffix("_video")
+    return kind if kind in KINDS else None
+
+
 def _convert(
-    state: TensorDict, settings: dict[str, Any], where: str, statistics: TensorDict | None = None
+    kind: str,
+    state: TensorDict,
+    settings: dict[str, Any],
+    where: str,
+    pixels: TensorDict | None = None,
 ) -> Sam:
-    for (part, key), values in AGREES.items():
+    for (part, key), values in (AGREES if kind == "sam" else SAM2_AGREES).items():
         found = settings.get(part, {}).get(key, values[0])
         if found not in values:
             raise ModelError(
-                "this SamModel computes something else than SAM.",
+                "this model computes something else than SAM.",
                 where=f"{where}: {part}.{key}",
                 got=found,
                 expected=" or ".join(map(str, values)),
             )
-    heads = settings.get("mask_decoder_config", {}).get("num_attention_heads")
-    named = {**state_from_transformers(state), **(statistics or {})}
-    config = config_from_state(named, where=where, decoder_num_heads=heads)
-    return assemble(config, named, where=where)
+    if kind == "sam":
+        heads = settings.get("mask_decoder_config", {}).get("num_attention_heads")
+        named = {**state_from_transformers(state), **(pixels or {})}
+        config = config_from_state(named, where=where, decoder_num_heads=heads)
+        return assemble(config, named, where=where)
+    sections = {name: settings.get(name, {}) for name in SECTIONS}
+    sam2 = Sam2Config(kind, sections, **statistics(pixels or {})).spelt_out()
+    sam = sam2.build(empty=True)
+    expected = f"a model of type {kind!r} with the sizes in its configuration"
+    fill(sam, state_from_sam2(state), where=where, expected=expected)
+    remember(sam, History(Base(sam2)))
+    return sam
 
 
 def _describable(sam: nn.Module) -> SamConfig:
@@ -269,10 +362,11 @@ def _folder_state(folder: Path) -> TensorDict:
 
 def _statistics(folder: Path) -> TensorDict:
     """What the image processor subtracts and divides by, in units of 0...255."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    found = [path for name in PROCESSORS if (path := folder / name).is_file()]
+    if not found:
         return {}
-    settings = _json(path)
+    settings = _json(found[0])
+    settings = settings.get("image_processor", settings)
     scale = settings.get("rescale_factor", 1 / 255)
     keys = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
     return {

@@ -159,24 +159,23 @@ def build(name: str = "vit_b", *, seed: int = 0, **sizes: Any) -> Sam:
     """A SAM with random weights.
 
     Args:
-        name: ``vit_b``, ``vit_l``, ``vit_h``, ``mini`` or ``tiny``.
+        name: ``vit_b``, ``vit_l``, ``vit_h``, ``mini``, ``tiny``, or a published model of
+            `sc.list_models`.
         seed: of the weights; the global random state is left as it was.
-        sizes: fields of `SamConfig` to change, e.g. ``image_size=512``.
+        sizes: fields of `SamConfig` to change, e.g. ``image_size=512``; not for published models.
 
     Raises:
         UnknownTransformError: if no architecture has this name.
-        ConfigError: if a field is unknown or the sizes do not fit together.
+        ConfigError: if a field is unknown, the sizes do not fit together, or the model is a
+            published one and has the sizes it was published with.
+        MissingDependencyError: if a published model needs a package that is not installed.
 
     Example:
         >>> build("tiny", depth=2, global_attn_indexes=(1,)).image_encoder.img_size
         128
     """
     if name not in ARCHITECTURES:
-        raise UnknownTransformError(
-            f"there is no architecture {name!r}.",
-            expected=", ".join(ARCHITECTURES),
-            fix=closest(name, ARCHITECTURES),
-        )
+        return _published(name, seed, sizes)
     known = {f.name for f in dataclasses.fields(SamConfig)}
     for key in sizes:
         if key not in known:
@@ -187,6 +186,28 @@ def build(name: str = "vit_b", *, seed: int = 0, **sizes: Any) -> Sam:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return dataclasses.replace(ARCHITECTURES[name], **sizes).build()
+
+
+def _published(name: str, seed: int, sizes: dict[str, Any]) -> Sam:
+    from .zoo import published
+
+    known = published()
+    if name not in known:
+        raise UnknownTransformError(
+            f"there is no architecture {name!r}.",
+            expected=f"{', '.join(ARCHITECTURES)}, or a name of sc.list_models()",
+            fix=closest(name, (*ARCHITECTURES, *known)),
+        )
+    if sizes:
+        side = sizes.get("image_size", 512)
+        raise ConfigError(
+            f"{name} has the sizes it was published with.",
+            got=", ".join(f"{key}={value!r}" for key, value in sizes.items()),
+            expected="no sizes",
+            fix=f'sc.substitute.ImageSize(size={side})(sc.build("{name}")) for another input',
+        )
+    sam: Sam = known[name].build(seed=seed)
+    return sam
 
 
 def _assemble(c: SamConfig) -> Sam:
@@ -241,6 +262,13 @@ def config_of(sam: nn.Module) -> SamConfig:
             "the sizes of this model cannot be read off it.",
             got=f"{type(sam).__name__}: {err}",
             expected="a segment_anything Sam with its own three parts",
+            fix="start from sc.build or sc.load, and let samcompress make the changes",
+        ) from err
+    except ConfigError as err:
+        raise ModelError(
+            "this SAM has sizes that no SamConfig describes.",
+            got=f"{err.what.removesuffix('.')}: {err.got}, not {err.expected}",
+            expected="the modules and shapes of a plain SAM",
             fix="start from sc.build or sc.load, and let samcompress make the changes",
         ) from err
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._sam2 import Sam2Config
 from .build import SamConfig
 from .contract import check_sam
 from .errors import (
@@ -34,6 +35,8 @@ from .sizes import parameter_count
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 RECORD = "samcompress.json"
+# What a chain may start from, by its name in the record.
+BASES: dict[str, type[SamConfig] | type[Sam2Config]] = {"sam": SamConfig, "sam2": Sam2Config}
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -237,7 +240,7 @@ def _document(model: Any, record: History, files: dict[str, Path]) -> dict[str, 
         "samcompress": __version__,
         "torch": torch.__version__,
         "base": {
-            "architecture": "sam",
+            "architecture": next(n for n, kind in BASES.items() if type(base.config) is kind),
             "config": base.config.to_dict(),
             "source": base.source,
             "licence": base.licence,
@@ -255,7 +258,7 @@ def _record(document: dict[str, Any], folder: Path) -> History:
     place = str(folder / RECORD)
     try:
         base = Base(
-            SamConfig(**document["base"]["config"]),
+            BASES[document["base"]["architecture"]](**document["base"]["config"]),
             document["base"].get("source"),
             document["base"].get("licence"),
         )

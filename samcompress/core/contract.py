@@ -72,6 +72,16 @@ def parts(model: nn.Module) -> Parts:
     return Parts(*(getattr(model, name) for name in Parts._fields))
 
 
+def embedding_shape(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of what a SAM's image encoder gives.
+
+    The grid and channels of the prompts, and behind them the `features` further channels that some
+    decoders take.
+    """
+    channels, height, width = model.prompt_encoder.get_dense_pe().shape[1:]
+    return channels + getattr(model.mask_decoder, "features", 0), height, width
+
+
 def check_sam(model: object) -> None:
     """Check that a model has what every technique, predictor and export relies on.
 

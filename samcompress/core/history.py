@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ._sam2 import Sam2Config
 from .build import SamConfig, config_of
 from .errors import ModelError
 from .registry import find
@@ -26,7 +27,7 @@ class Base:
         licence: of those weights, None where unknown.
     """
 
-    config: SamConfig
+    config: SamConfig | Sam2Config
     source: str | None = None
     licence: str | None = None
 

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from ..core._objective import Share
 from ..core._progress import Progress
 from ..core.checkpoint import fingerprint
+from ..core.contract import embedding_shape
 from ..core.errors import CheckpointError, DataError
 from ..core.files import whole, write_whole
 from ..core.predict import preprocess
@@ -80,7 +81,7 @@ class Teacher:
         self.crop, self.batch_size = crop, batch_size
         self.variants = VARIANTS if flip else VARIANTS[:1]
         self.dtype: torch.dtype = getattr(torch, dtype)
-        shape = list(model.prompt_encoder.get_dense_pe().shape[1:])
+        shape = list(embedding_shape(model))
         self._image_bytes = math.prod(shape) * self.dtype.itemsize
         keys = json.dumps([sample.id for sample in data])
         self.identity: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core._draws import batch
 from ..core._draws import drawn as randomly
 from ..core._objective import Objective, Share
-from ..core.contract import device_of
+from ..core.contract import device_of, embedding_shape
 from ..core.errors import NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State
@@ -178,9 +178,7 @@ class Imitation(Objective):
     def adapt(self, teacher: Any) -> None:
         """Choose what brings the student's embeddings and the teacher's together."""
         student: Any = self.student
-        mine, theirs = (
-            tuple(m.prompt_encoder.get_dense_pe().shape[1:]) for m in (student, teacher)
-        )
+        mine, theirs = (embedding_shape(model) for model in (student, teacher))
         if mine[0] != theirs[0]:
             with randomly(torch.device("cpu"), self.settings.seed, "adapter"):
                 made = nn.Conv2d(mine[0], theirs[0], 1)

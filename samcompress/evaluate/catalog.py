@@ -1,4 +1,4 @@
-"""What there is, as tables: techniques, architectures, recipes, and the history of saved models."""
+"""What there is, as tables: techniques, architectures, recipes, published models, saved models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from ..core.checkpoint import is_ours, read_record
 from ..core.display import Cell, Column, Table, needs, steps_table, summary_line
 from ..core.errors import ConfigError
 from ..core.load import SHIPPED, load
+from ..core.models import list_models, tables
 from ..core.pipeline import Pipeline, list_recipes, read_recipe
 from ..core.registry import find, list_transforms
+from ..core.zoo import find as find_model
+from ..core.zoo import published
 from .environment import Check
 from .recipes import recipe
 from .summary import summary
@@ -24,14 +27,14 @@ WHAT = Column("what it is", align="left")
 
 
 def catalog(pattern: str = "*") -> tuple[Table, ...]:
-    """Techniques, architectures and shipped recipes: three tables, never one.
+    """Techniques, architectures, shipped recipes and published models: four tables, never one.
 
     Args:
         pattern: shell wildcards on their names, e.g. ``"quant*"``.
 
     Example:
         >>> [table.title for table in catalog("prune.*")]
-        ['techniques', 'architectures', 'recipes']
+        ['techniques', 'architectures', 'recipes', 'models']
     """
     techniques = [
         (name, summary_line(find(name)), _may_need(name)) for name in list_transforms(pattern)
@@ -57,14 +60,16 @@ def catalog(pattern: str = "*") -> tuple[Table, ...]:
         Table((NAME, WHAT, Column("may need", align="left")), techniques, title="techniques"),
         Table((NAME, *sizes, Column("weights shipped")), architectures, title="architectures"),
         Table((NAME, WHAT, Column("steps", align="left")), ready, title="recipes"),
+        list_models(pattern),
     )
 
 
 def describe(name: str | Path) -> tuple[str, tuple[Table, ...]]:
-    """All about a technique, a recipe, or a folder that `sc.save` wrote.
+    """All about a technique, a published model, a recipe, or a folder that `sc.save` wrote.
 
     Args:
-        name: ``"prune.mlp"``, ``"small.json"`` or a chain in one line, ``"out/"``.
+        name: ``"prune.mlp"``, one of `sc.list_models`, ``"small.json"`` or a chain in one line,
+            ``"out/"``.
 
     Returns:
         Text to read, and tables; a folder's files are checked against their hashes.
@@ -92,6 +97,9 @@ def describe(name: str | Path) -> tuple[str, tuple[Table, ...]]:
             title=f"{kind.name}: phase {kind.phase}",
         )
         return inspect.getdoc(kind) or "", (settings,)
+    if name in published():
+        entry = find_model(str(name))
+        return entry.title, tables(entry)
     pipeline = recipe(name)
     return repr(pipeline), (steps_table(pipeline, title=str(name)),)
 

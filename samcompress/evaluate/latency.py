@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.contract import check_sam, device_of, dtype_of
+from ..core.contract import check_sam, device_of, dtype_of, embedding_shape
 from ..core.errors import ConfigError
 from ..core.framing import framing_of
 from ..core.predict import preprocess
@@ -299,7 +299,7 @@ class _Work:
         self.box = torch.tensor([[0.2, 0.2, 0.6, 0.6]], device=self.pixels.device) * side
         self.position = model.prompt_encoder.get_dense_pe().to(dtype_of(model.mask_decoder))
         draw = torch.Generator().manual_seed(0)
-        self.features = torch.randn(self.position.shape, generator=draw).to(self.position)
+        self.features = torch.randn(1, *embedding_shape(model), generator=draw).to(self.position)
         low = (1, 1, *model.prompt_encoder.mask_input_size)
         self.logits = torch.randn(low, generator=draw).to(self.pixels.device)
         self.turn = 0

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +33,7 @@ PRODUCT = re.compile(
     r"mm$|matmul|(?<!bi)(?<!upsample_)linear|conv(_|\d|olution)|attention|mv$|dot$|encoder_layer"
 )
 NAMESPACES = ("aten", "prim", "prims", "torchvision")
-Run = Callable[[Any, torch.device, torch.dtype], None]
+Run = Callable[[Any, torch.device, torch.dtype], Any]
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,16 @@ def macs(model: nn.Module) -> Macs:
         8194688
     """
     model = before_export(model)
-    encoder, attention = _count(model, _encode)
-    decoder, _ = _count(model, _decode)
+    encoder, attention, embedding = _count(model, _encode)
+    decoder, _, _ = _count(model, partial(_decode, embedding=embedding.shape))
     return Macs(encoder, encoder - attention, decoder)
 
 
 def decoder_macs(model: nn.Module, prompts: int) -> int:
     """Multiply-accumulates of prompt encoder and mask decoder for P boxes on one image."""
     model = before_export(model)
-    return _count(model, lambda m, at, dtype: _decode(m, at, dtype, prompts))[0]
+    shape = _run(model, _embedding)
+    return _count(model, partial(_decode, embedding=shape, prompts=prompts))[0]
 
 
 def before_export(model: nn.Module) -> nn.Module:
@@ -130,12 +131,20 @@ def closed_form(config: SamConfig) -> int:
     return total
 
 
-def _encode(model: Any, at: torch.device, dtype: torch.dtype) -> None:
+def _encode(model: Any, at: torch.device, dtype: torch.dtype) -> Tensor:
     side = model.image_encoder.img_size
-    model.image_encoder(torch.zeros(1, 3, side, side, device=at, dtype=dtype))
+    embedding: Tensor = model.image_encoder(torch.zeros(1, 3, side, side, device=at, dtype=dtype))
+    return embedding
 
 
-def _decode(model: Any, at: torch.device, dtype: torch.dtype, prompts: int = 1) -> None:
+def _embedding(model: Any, at: torch.device, dtype: torch.dtype) -> torch.Size:
+    with _evaluated(model):
+        return _encode(model, at, dtype).shape
+
+
+def _decode(
+    model: Any, at: torch.device, dtype: torch.dtype, *, embedding: torch.Size, prompts: int = 1
+) -> None:
     side = float(model.image_encoder.img_size)
     box = torch.tensor([[0.25, 0.25, 0.75, 0.75]], dtype=torch.float32) * side
     sparse, dense = model.prompt_encoder(
@@ -144,7 +153,8 @@ def _decode(model: Any, at: torch.device, dtype: torch.dtype, prompts: int = 1) 
     kind = dtype_of(model.mask_decoder)
     position = model.prompt_encoder.get_dense_pe().to(kind)
     model.mask_decoder(
-        image_embeddings=torch.zeros_like(position),
+        # Not always that of the positions: some encoders give the decoder further channels.
+        image_embeddings=torch.zeros(embedding, device=at, dtype=kind),
         image_pe=position,
         sparse_prompt_embeddings=sparse.to(kind),
         dense_prompt_embeddings=dense.to(kind),
@@ -152,17 +162,22 @@ def _decode(model: Any, at: torch.device, dtype: torch.dtype, prompts: int = 1) 
     )
 
 
-def _count(model: nn.Module, run: Run) -> tuple[int, int]:
-    """All multiply-accumulates of a run, and those of attention."""
+def _count(model: nn.Module, run: Run) -> tuple[int, int, Any]:
+    """All multiply-accumulates of a run, those of attention, and what it gave."""
+    found: tuple[int, int, Any] = _run(model, partial(_counted, run=run))
+    return found
+
+
+def _run(model: nn.Module, run: Run) -> Any:
     dtype = dtype_of(parts(model).image_encoder)
     try:
-        return _counted(_without_storage(model), run, torch.device("meta"), dtype)
+        return run(_without_storage(model), torch.device("meta"), dtype)
     except ModelError:
         raise
     except Exception:
         # Something in this model reads values (an index, another runtime), which a copy without
         # storage lacks. A real run is slower and counts the same; what is wrong shows there again.
-        return _counted(model, run, device_of(model), dtype)
+        return run(model, device_of(model), dtype)
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
@@ -174,18 +189,14 @@ def _without_storage(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, meta)
 
 
-def _counted(model: nn.Module, run: Run, at: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    training = [(module, module.training) for module in model.modules()]
+def _counted(
+    model: nn.Module, at: torch.device, dtype: torch.dtype, *, run: Run
+) -> tuple[int, int, Any]:
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
     watch = _Watch(counter)
-    model.eval()
-    try:
-        # The counter is entered last, so it splits composite operators before the watch sees them.
-        with torch.no_grad(), watch.modules(model), watch, counter:
-            run(model, at, dtype)
-    finally:
-        for module, mode in training:
-            module.training = mode
+    # The counter is entered last, so it splits composite operators before the watch sees them.
+    with _evaluated(model), watch.modules(model), watch, counter:
+        output = run(model, at, dtype)
     totals = counter.get_flop_counts().get("Global", {})
     attention = sum(v for op, v in totals.items() if ATTENTION.search(str(op)))
     total = sum(totals.values()) // 2 + watch.declared
@@ -197,7 +208,20 @@ def _counted(model: nn.Module, run: Run, at: torch.device, dtype: torch.dtype) -
             expected="torch operators with a FLOP formula, or modules that say their work",
             fix="count the model before export, or give the module a method macs(*inputs)",
         )
-    return total, attention // 2
+    return total, attention // 2, output
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; each module's mode is restored."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

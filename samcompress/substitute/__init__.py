@@ -8,13 +8,33 @@
 | `EfficientViT` | an image encoder of EfficientViT-SAM | no |
 | `ViT` | the image encoder of EfficientSAM | no |
 | `ResNet` | the image encoder of NanoSAM | no |
+| `Hiera` | the image encoder of SAM 2 | no |
+| `Conventions` | what published light SAMs do around their image encoder | no |
+| `HQ` | SAM-HQ's token for fine masks | no |
+| `Timm` | any of timm's feature extractors as image encoder | no |
 """
 
+from . import _official  # noqa: F401 - registers the published models
+from .conventions import Conventions
 from .efficient_vit import EfficientViT
+from .hiera import Hiera
+from .hq import HQ
 from .image_size import ImageSize
 from .rep_vit import RepViT
 from .res_net import ResNet
+from .timm import Timm
 from .tiny_vit import TinyViT
 from .vit import ViT
 
-__all__ = ["EfficientViT", "ImageSize", "RepViT", "ResNet", "TinyViT", "ViT"]
+__all__ = [
+    "HQ",
+    "Conventions",
+    "EfficientViT",
+    "Hiera",
+    "ImageSize",
+    "RepViT",
+    "ResNet",
+    "Timm",
+    "TinyViT",
+    "ViT",
+]

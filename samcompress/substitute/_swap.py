@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..core._draws import drawn as randomly
 from ..core.contract import device_of, dtype_of, parts
-from ..core.errors import ConfigError
-from ..core.framing import ATTRIBUTE, Framing, framing_of
+from ..core.errors import ConfigError, ModelError
+from ..core.framing import ATTRIBUTE, framing_of
 from ..core.transform import Context, State, Transform
 
 
@@ -47,7 +47,15 @@ class Swap(Transform):
 
     def check(self, model: nn.Module) -> None:
         """Check that the model is a SAM, and that its frame suits the encoder."""
-        parts(model)
+        decoder: Any = parts(model).mask_decoder
+        if getattr(decoder, "features", 0):
+            raise ModelError(
+                f"{self.label}: this mask decoder reads more than an embedding.",
+                where="mask_decoder",
+                got=f"{type(decoder).__name__}, which takes {decoder.features} further channels",
+                expected="a decoder that takes the embedding alone, as SAM's",
+                fix="train the image encoder that is there, or start from another SAM",
+            )
         size = self.side(framing_of(model).frame)
         if size < self.multiple or size % self.multiple:
             raise ConfigError(
@@ -87,7 +95,7 @@ class Swap(Transform):
         # Where the encoder takes smaller images than its frame, the predictor of segment_anything
         # gives prompts in the smaller square; so that is what the prompt encoder must be told.
         sam.prompt_encoder.input_image_size = (size, size)
-        setattr(model, ATTRIBUTE, Framing(size, state["frame"]))
+        setattr(model, ATTRIBUTE, replace(framing_of(model), size=size, frame=state["frame"]))
         return state
 
 

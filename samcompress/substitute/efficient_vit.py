@@ -22,11 +22,12 @@ class EfficientViT(Swap, family="substitute", phase=10, extras=("zoo",)):
     random: train it with `distill.Encoder`.
 
     Args:
-        variant: ``l0``, ``l1``, ``l2``, ``xl0`` or ``xl1``, from small to large.
+        variant: ``l0``, ``l1``, ``l2``, ``xl0`` or ``xl1``, from small to large; or
+            ``mobilesamv2_l2``, MobileSAMv2's: ``l2`` that takes the whole frame and scales it down.
         seed: of the random weights.
 
     Raises:
-        ConfigError: if the image side is not a multiple of 8 (L) or 16 (XL).
+        ConfigError: if the image side is not a multiple of 8 (L) or 16 (the others).
         ModelError: if the model is no SAM.
         MissingDependencyError: if timm is not installed.
 
@@ -45,7 +46,7 @@ class EfficientViT(Swap, family="substitute", phase=10, extras=("zoo",)):
         64
     """
 
-    variant: Literal["l0", "l1", "l2", "xl0", "xl1"] = "l0"
+    variant: Literal["l0", "l1", "l2", "xl0", "xl1", "mobilesamv2_l2"] = "l0"
 
     @property
     def stride(self) -> int:

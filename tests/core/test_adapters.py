@@ -250,7 +250,7 @@ def test_settings_that_sam_does_not_have() -> None:
     with pytest.raises(ModelError) as info:
         from_transformers(hf)
     assert str(info.value) == (
-        "this SamModel computes something else than SAM.\n"
+        "this model computes something else than SAM.\n"
         "  where     SamModel: vision_config.hidden_act\n"
         "  got       relu\n"
         "  expected  gelu"
@@ -261,9 +261,9 @@ def test_other_modules() -> None:
     with pytest.raises(ModelError) as info:
         from_transformers(nn.Linear(2, 2))
     assert str(info.value) == (
-        "this is not a transformers SamModel.\n"
+        "this is not a SAM of transformers.\n"
         "  got       torch.nn.modules.linear.Linear\n"
-        "  expected  transformers.SamModel"
+        "  expected  transformers.SamModel, transformers.Sam2Model, transformers.EdgeTamModel"
     )
 
 

@@ -14,6 +14,7 @@ from samcompress.core.build import ARCHITECTURES, SamConfig, config_of
 from samcompress.core.errors import ModelError
 from samcompress.evaluate.macs import closed_form, decoder_macs, macs
 from samcompress.evaluate.size import bytes_on_disk, parameters
+from samcompress.substitute.hq import HQ
 
 GMAC = {"vit_b": 486.04, "vit_l": 1492.84, "vit_h": 2980.54}
 PLAIN = {"vit_b": 368.70, "vit_l": 1311.1, "vit_h": 2732.3}
@@ -83,6 +84,23 @@ def test_model_is_left_alone() -> None:
     assert all(module.training for module in sam.modules())
     assert all(torch.equal(v, before[k]) for k, v in sam.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in sam.modules())
+
+
+def test_decoder_that_takes_further_channels_of_the_encoder() -> None:
+    sam = random_sam()
+    with_token = HQ()(sam, progress=False)
+    plain, fine = macs(sam), macs(with_token)
+    assert fine.encoder == plain.encoder
+    # Four cells of 16 for each of 64; convolutions by hand, C = 32, features = 32.
+    cells = 8 * 8
+    upscaling = cells * 4 * (32 * 32 + 4 * 32 * 4) + cells * 4 * (32 * 8 + 4 * 8 * 4)
+    refining = 16 * cells * 9 * 2 * 4 * 8
+    # Three layers for one more token, its product with the map, and the token in the transformer.
+    head = 2 * 32 * 32 + 32 * 4 + 16 * cells * 4
+    more = fine.decoder_per_prompt - plain.decoder_per_prompt
+    token = more - upscaling - refining - head
+    assert 0 < token < 0.1 * more
+    assert decoder_macs(with_token, 1) == fine.decoder_per_prompt
 
 
 def test_tied_weights_count_once() -> None:
