@@ -39,6 +39,10 @@ LICENCES = {
         for size in ("tiny", "small", "base-plus", "large")
     },
     "yonigozlan/EdgeTAM-hf": "Apache-2.0",
+    "Zigeng/SlimSAM-uniform-50": "Apache-2.0",
+    "Zigeng/SlimSAM-uniform-77": "Apache-2.0",
+    "nielsr/slimsam-50-uniform": "Apache-2.0",
+    "nielsr/slimsam-77-uniform": "Apache-2.0",
 }
 SUFFIXES = (".pth", ".pt", ".safetensors", ".bin")
 # What is fetched from the Hub. Never a pickle.

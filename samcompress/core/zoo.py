@@ -274,12 +274,15 @@ def assemble(
         MissingDependencyError: if the model needs a package that is not installed.
     """
     named = _converted(entry, state, where)
+    official = source == entry.name or source in {file.name for file in entry.files}
     if entry.make is not None:
         try:
-            return entry.make(named)
+            made = entry.make(named)
         except CheckpointError as err:
             err.where = where
             raise
+        describe(made, source=source or where, licence=entry.licence if official else None)
+        return made
     base = dataclasses.replace(entry._base(), **statistics(named))
     sam = entry.empty(base)
     origin = {id(tensor): name for name, tensor in state.items()}
@@ -290,7 +293,6 @@ def assemble(
         expected=f"the tensors of {entry.title} ({entry.name})",
         said={name: origin.get(id(tensor), name) for name, tensor in named.items()},
     )
-    official = source == entry.name or source in {file.name for file in entry.files}
     describe(sam, source=source or where, licence=entry.licence if official else None)
     return sam
 
@@ -345,11 +347,12 @@ def _likeness(entry: Published, state: TensorDict) -> float:
 def _compared(entry: Published, state: TensorDict) -> Nearest:
     try:
         wanted = entry.empty().state_dict()
-        named = _converted(entry, state, "state dict")
-    except MissingDependencyError:
+    except (MissingDependencyError, CheckpointError):
         # What cannot be built is compared by its signature alone.
         meant = {n: torch.empty(shape, device="meta") for n, shape in entry.signature.items()}
         return _differing(entry, meant, {n: t for n, t in state.items() if n in meant}, state)
+    try:
+        named = _converted(entry, state, "state dict")
     except CheckpointError:
         named = state
     return _differing(entry, wanted, named, state)
