@@ -17,6 +17,7 @@ class Case:
         exact: largest difference of the low-resolution logits from the input model's; None for any.
         tolerance: largest difference of two runs, or of a saved and loaded copy: 0 for torch.
         twice: error that applying the technique a second time raises; None where that makes sense.
+        depth: blocks of that SAM's image encoder, of which the second is global.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Case:
     exact: float | None = None
     tolerance: float = 0.0
     twice: str | None = None
+    depth: int = 2
 
 
 CASES = (
@@ -48,6 +50,17 @@ CASES = (
     Case("substitute.hiera", {"variant": "tiny"}),
     Case("substitute.timm", {"model": "test_efficientnet", "fuse": True}),
     Case("prune.mlp", {"ratio": 0.5}, shrinks=("parameters", "bytes")),
+    Case("prune.heads", {"ratio": 0.5}, shrinks=("parameters", "bytes"), twice="ConfigError"),
+    Case("prune.head_dims", {"ratio": 0.5}, shrinks=("parameters", "bytes"), twice="ConfigError"),
+    Case("prune.channels", {"ratio": 0.5, "round_to": 8}, shrinks=("parameters", "bytes")),
+    Case("prune.blocks", shrinks=("parameters", "bytes"), depth=4),
+    Case(
+        "prune.slim_sam",
+        {"round_to": 8, "steps": 2, "batch_size": 2, "images": 2},
+        shrinks=("parameters", "bytes"),
+        twice="ModelError",
+    ),
+    Case("prune.decoder", {"ratio": 0.5}, shrinks=("parameters", "bytes")),
     Case("attention.fused", exact=1e-4, twice="NoEffectError"),
     Case("distill.encoder", {"steps": 3, "batch_size": 2}),
     Case("distill.prompt_loop", {"steps": 2, "batch_size": 2, "prompts": 2}),

@@ -34,7 +34,7 @@ def made() -> dict[str, tuple[torch.nn.Module, torch.nn.Module]]:
     """Input and output of each technique, made once."""
     pairs = {}
     for case in CASES:
-        sam = random_sam()
+        sam = random_sam(depth=case.depth)
         pairs[case.name] = (sam, sc.get(case.name, **case.params)(sam, **RUN))
     return pairs
 
@@ -50,7 +50,7 @@ def test_every_technique_has_one_row() -> None:
 
 @each
 def test_input_is_untouched(case: Case) -> None:
-    sam = random_sam()
+    sam = random_sam(depth=case.depth)
     sam.prompt_encoder.requires_grad_(False)
     sam.mask_decoder.train()
     hash_before = fingerprint(sam)

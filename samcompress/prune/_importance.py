@@ -1,127 +1,261 @@
-"""How much a unit matters: one number for each, higher is to be kept."""
+"""How much each element of a weight matters; units are ranked by sums of these."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..core.errors import DataError
+from ..core.framing import framing_of
 from ..core.predict import preprocess
 
+Criterion = Literal["disturbed_taylor", "taylor", "activation", "magnitude", "random"]
+WITHOUT_DATA = ("magnitude", "random")
 POINTS = 8  # drawn in an image for the sensitivity of a decoder
+OBJECTS = 8  # of an image that labels are taken from
+Scores = dict[str, Tensor]
 
 
-def hidden_scores(lin1: Tensor, lin2: Tensor) -> Tensor:
-    """Scores of an MLP's hidden units from scores of its weights.
+def element_scores(
+    model: nn.Module,
+    names: Sequence[str],
+    criterion: Criterion,
+    samples: Iterable[Any] = (),
+    *,
+    seed: int = 0,
+    accumulate: Literal["rms", "sum"] = "rms",
+) -> Scores:
+    """One number for each element of some weights, not negative; higher is to be kept.
 
-    Args:
-        lin1: (M, E), one number for each weight of the first layer.
-        lin2: (E, M), the same for the second.
-
-    Returns:
-        (M,): summed over a unit's weights in each layer, averaged over the two layers.
-    """
-    return (lin1.sum(1) + lin2.sum(0)) / 2
-
-
-def magnitude(block: Any) -> Tensor:
-    """(M,) sums of squared weights of an MLP's hidden units; biases do not count."""
-    weights = (block.lin1.weight, block.lin2.weight)
-    return hidden_scores(*(w.detach().float().square() for w in weights))
-
-
-@torch.enable_grad()
-def disturbed_taylor(
-    model: nn.Module, names: Iterable[str], samples: Iterable[Any], *, seed: int
-) -> dict[str, Tensor]:
-    """Taylor scores of hidden units, without labels.
-
-    A model compared with itself has loss 0 and gradient 0. Disturbing the target by noise e makes
-    the gradient that of ``-<e, f(x)>``, up to a factor; that is differentiated here, once an image.
-    A weight's score is ``|w| sqrt(sum of squared gradients over the images)``: squared image by
-    image, for the noise of different images must not cancel out.
-
-    ``f`` is the image embedding for MLPs of the image encoder. For those of the mask decoder it is
-    the low-resolution logits of all masks, at points drawn at random inside the image.
+    - ``disturbed_taylor``: ``|w| sqrt(sum of squared gradients over the images)``. A model compared
+      with itself has loss 0 and gradient 0; disturbing the target by noise e makes the gradient
+      that of ``-<e, f(x)>``, up to a factor, and that is differentiated, once an image. f is the
+      image embedding for weights of the image encoder, and for those of the mask decoder the
+      low-resolution logits of all masks and their scores, at points drawn inside the image.
+    - ``taylor``: the same with the gradient of a loss: the cross-entropy of all masks, asked for
+      with the box of an annotated object, and the squared error of the IoU they are said to have.
+    - ``activation``: ``|w|`` times the norm of the inputs that it is multiplied by (Wanda).
+    - ``magnitude``: squared weights.
+    - ``random``: uniform numbers.
 
     Args:
         model: a SAM; a float32 copy is worked on, so nothing of it changes.
-        names: of its `MLPBlock`s.
-        samples: with ``id`` and ``image``; an image's noise depends on `seed` and its id alone, so
-            the order of images does not matter.
-        seed: of the noise.
+        names: of parameters of its image encoder and mask decoder.
+        criterion: see above.
+        samples: with ``id`` and ``image``, for ``taylor`` with ``instances``; none are read for
+            ``magnitude`` and ``random``.
+        seed: of noise, points and random scores. What is drawn for an image depends on this and
+            the image's id alone, so the order of images does not matter.
+        accumulate: ``sum`` adds up the gradients themselves, as SlimSAM does; their signs are
+            random, so more images do not make that less noisy.
 
     Returns:
-        (M,) float32 for each name; all zeros without samples.
+        For each name a float32 tensor of the parameter's shape.
+
+    Raises:
+        DataError: if ``taylor`` finds no annotated object.
+
+    Source:
+        Taylor: Molchanov et al. 2019, arXiv 1906.10771; disturbed: SlimSAM, arXiv 2312.05284;
+        activation: Wanda, arXiv 2306.11695.
     """
-    twin: Any = copy.deepcopy(model).float().eval().requires_grad_(False)
-    blocks = {name: twin.get_submodule(name) for name in names}
-    encoder = [w for n, b in blocks.items() if n.startswith("image_encoder.") for w in _weights(b)]
-    decoder = [w for n, b in blocks.items() if n.startswith("mask_decoder.") for w in _weights(b)]
-    squares = {w: torch.zeros_like(w) for w in encoder + decoder}
-    for weight in squares:
-        weight.requires_grad_(True)
-    for block in twin.image_encoder.blocks:
+    weights: dict[str, Tensor] = {name: model.get_parameter(name).detach() for name in names}
+    if criterion == "magnitude":
+        return {name: w.float().square() for name, w in weights.items()}
+    if criterion == "random":
+        drawn = torch.Generator().manual_seed(seed)
+        return {name: torch.rand(w.shape, generator=drawn) for name, w in weights.items()}
+    twin = copy.deepcopy(model).float().eval().requires_grad_(False)
+    if criterion == "activation":
+        return _activation(twin, names, samples, seed)
+    total = _gradients(twin, names, samples, criterion, seed, squared=accumulate == "rms")
+    if accumulate == "rms":
+        total = {name: value.sqrt() for name, value in total.items()}
+    return {name: w.float().abs() * total[name].abs() for name, w in weights.items()}
+
+
+@torch.enable_grad()
+def _gradients(
+    twin: Any,
+    names: Sequence[str],
+    samples: Iterable[Any],
+    criterion: Criterion,
+    seed: int,
+    *,
+    squared: bool,
+) -> Scores:
+    """Sums over the images of gradients, or of their squares."""
+    inside = {name: twin.get_parameter(name).requires_grad_() for name in names}
+    total = {name: torch.zeros_like(w) for name, w in inside.items()}
+    encoder = [name for name in names if name.startswith("image_encoder.")]
+    decoder = [name for name in names if not name.startswith("image_encoder.")]
+    for block in getattr(twin.image_encoder, "blocks", ()):
         # The attention maps of all blocks at once would fill the memory; those of one do not.
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
+
+    def add(outcome: Tensor, chosen: list[str]) -> None:
+        found = torch.autograd.grad(outcome, [inside[n] for n in chosen], allow_unused=True)
+        for name, gradient in zip(chosen, found, strict=True):
+            if gradient is not None:
+                total[name] += gradient.square() if squared else gradient
+
+    labelled = 0
     for sample in samples:
         noise = torch.Generator().manual_seed(_seed(seed, sample.id))
-        image, size = preprocess(twin, sample.image)
-        features = twin.image_encoder(image[None])
+        features = twin.image_encoder(preprocess(twin, sample.image)[0][None])
+        if criterion == "taylor":
+            loss = _loss(twin, features, sample)
+            if loss is not None:
+                labelled += 1
+                add(loss, [*encoder, *decoder])
+            continue
         if encoder:
-            _add_squares(squares, encoder, features, noise)
+            add(_disturbed(features, noise), encoder)
         if decoder:
-            _add_squares(squares, decoder, _logits(twin, features.detach(), size, noise), noise)
-    return {
-        name: hidden_scores(*(w.detach().abs() * squares[w].sqrt() for w in _weights(block)))
-        for name, block in blocks.items()
-    }
+            answers = _at_points(twin, features.detach(), sample.size, noise)
+            add(_disturbed(answers[0], noise) + _disturbed(answers[1], noise), decoder)
+    if criterion == "taylor" and not labelled:
+        raise DataError(
+            'criterion="taylor" needs annotated objects.',
+            got="images without any",
+            expected="data with masks",
+            fix='criterion="disturbed_taylor" needs images only',
+        )
+    return total
 
 
-def _weights(block: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    return block.lin1.weight, block.lin2.weight
+def _disturbed(output: Tensor, noise: torch.Generator) -> Tensor:
+    disturbance = torch.randn(output.shape, generator=noise).to(output.device)
+    return (disturbance * output).sum()
+
+
+def _loss(twin: Any, features: Tensor, sample: Any) -> Tensor | None:
+    """How wrong masks and scores of annotated objects are, asked for by their boxes."""
+    objects = [o for o in sample.instances if not o.crowd and o.mask.any()][:OBJECTS]
+    if not objects:
+        return None
+    corners = torch.tensor([o.box for o in objects], dtype=torch.float32).view(-1, 2, 2)
+    boxes = corners * _scale(twin, sample.size)
+    prompts = twin.prompt_encoder(
+        points=None, boxes=boxes.flatten(1).to(features.device), masks=None
+    )
+    logits, scores = _answers(twin, features, *prompts)
+    masks = torch.stack([torch.from_numpy(o.mask) for o in objects])[:, None].float()
+    framing = framing_of(twin)
+    height, width = framing.inside(sample.size)
+    masks = F.interpolate(masks, (height, width), mode="bilinear", antialias=True)
+    masks = F.pad(masks, (0, framing.frame - width, 0, framing.frame - height))
+    target = F.interpolate(masks, logits.shape[-2:], mode="area").to(logits.device)
+    target = target.expand_as(logits)
+    found, wanted = logits > 0, target > 0.5
+    iou = (found & wanted).sum((2, 3)) / (found | wanted).sum((2, 3)).clamp(min=1)
+    return F.binary_cross_entropy_with_logits(logits, target) + F.mse_loss(scores, iou)
+
+
+def _activation(twin: Any, names: Sequence[str], samples: Iterable[Any], seed: int) -> Scores:
+    owners = {name: twin.get_submodule(name.rpartition(".")[0]) for name in names}
+    with torch.no_grad(), watching(twin, owners.values()) as squares:
+        for sample in samples:
+            noise = torch.Generator().manual_seed(_seed(seed, sample.id))
+            features = twin.image_encoder(preprocess(twin, sample.image)[0][None])
+            if any(not name.startswith("image_encoder.") for name in names):
+                _at_points(twin, features, sample.size, noise)
+    found = {}
+    for name, owner in owners.items():
+        norms = squares.get(owner, torch.zeros(owner.weight.shape[1])).sqrt()
+        shape = [1, -1] + [1] * (owner.weight.ndim - 2)
+        found[name] = owner.weight.detach().abs() * norms.view(shape)
+    return found
+
+
+@contextmanager
+def watching(model: Any, layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Sums over tokens and images of the squared inputs of layers, (inputs,) each.
+
+    What pads the windows of an image encoder is left out: it is not zero where heads are joined.
+    """
+    squares: dict[nn.Module, Tensor] = {}
+    inner = {b.attn.proj: b for b in model.modules() if isinstance(b, Block) and b.window_size}
+    grid: dict[nn.Module, tuple[int, int]] = {}
+
+    def before_block(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        grid[block] = (args[0].shape[1], args[0].shape[2])
+
+    def before_layer(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        if layer in inner:
+            x = _unpadded(x, inner[layer].window_size, grid[inner[layer]])
+        channel = 1 if isinstance(layer, nn.Conv2d) else x.ndim - 1
+        found = x.square().sum([axis for axis in range(x.ndim) if axis != channel])
+        squares[layer] = squares[layer] + found if layer in squares else found
+
+    handles = [b.register_forward_pre_hook(before_block) for b in inner.values()]
+    handles += [layer.register_forward_pre_hook(before_layer) for layer in layers]
+    try:
+        yield squares
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unpadded(x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
+    """(B n, w, w, C) windows to (tokens, C) without those beyond the grid."""
+    rows, columns = (-(-side // window) for side in grid)
+    y = torch.arange(rows * window) < grid[0]
+    x_ = torch.arange(columns * window) < grid[1]
+    inside = (y[:, None] & x_[None]).view(rows, window, columns, window).transpose(1, 2)
+    inside = inside.reshape(1, rows * columns, window, window).to(x.device)
+    split = x.view(-1, rows * columns, window, window, x.shape[-1])
+    return split[inside.expand(split.shape[:-1])]
 
 
 def _seed(seed: int, key: object) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
 
 
-def _add_squares(
-    squares: dict[nn.Parameter, Tensor],
-    weights: list[nn.Parameter],
-    output: Tensor,
-    noise: torch.Generator,
-) -> None:
-    disturbance = torch.randn(output.shape, generator=noise).to(output.device)
-    gradients = torch.autograd.grad((disturbance * output).sum(), weights)
-    for weight, gradient in zip(weights, gradients, strict=True):
-        squares[weight] += gradient.square()
+def _scale(model: Any, size: tuple[int, int]) -> Tensor:
+    """(2,) factors of x and y from an image of H, W to the square of the prompts."""
+    framing = framing_of(model)
+    factor: float = model.prompt_encoder.input_image_size[0] / framing.frame
+    return torch.tensor(framing.scale(size), dtype=torch.float32) * factor
 
 
-def _logits(model: Any, features: Tensor, size: tuple[int, int], noise: torch.Generator) -> Tensor:
-    """(P, 4, 4h, 4w) logits of the single and the three masks of P random points."""
+def _at_points(
+    model: Any, features: Tensor, size: tuple[int, int], noise: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The answers at points drawn in an image of H, W."""
     height, width = size
     points = torch.rand(POINTS, 1, 2, generator=noise) * torch.tensor([width, height])
-    labels = torch.ones(POINTS, 1)
-    sparse, dense = model.prompt_encoder(
-        points=(points.to(features.device), labels.to(features.device)), boxes=None, masks=None
+    points = (points * _scale(model, size)).to(features.device)
+    labels = torch.ones(points.shape[:2], device=features.device)
+    return _answers(
+        model, features, *model.prompt_encoder(points=(points, labels), boxes=None, masks=None)
     )
-    logits = [
+
+
+def _answers(model: Any, features: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, 4, 4h, 4w) logits and (P, 4) scores: of the single mask, then of the other three."""
+    found = [
         model.mask_decoder(
             image_embeddings=features,
             image_pe=model.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=several,
-        )[0]
+        )
         for several in (False, True)
     ]
-    return torch.cat(logits, 1)
+    logits, scores = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return logits, scores

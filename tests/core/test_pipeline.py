@@ -80,7 +80,7 @@ def test_a_later_step_that_cannot_run_stops_the_first() -> None:
 
 def test_progress_events_or_silence(capfd: pytest.CaptureFixture[str]) -> None:
     events = []
-    taylor = sc.prune.Mlp(ratio=0.5, criterion="taylor", images=2)
+    taylor = sc.prune.Mlp(ratio=0.5, criterion="disturbed_taylor", images=2)
     taylor(random_sam(), data=sc.shapes(2), progress=events.append)
     assert len(events) == 2
     assert {event.step for event in events} == {"prune.mlp"}

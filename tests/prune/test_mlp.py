@@ -3,71 +3,51 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import random_sam
+from pruning import SCENES, encode, gone, kept_of, prune
 from segment_anything.modeling.common import MLPBlock
 
 import samcompress as sc
 from samcompress.core import errors
-from samcompress.core.predict import preprocess
 from samcompress.core.sizes import parameter_count
 from samcompress.evaluate.macs import macs
-from samcompress.prune._groups import best, keep_hidden, kept_count, share_out
-from samcompress.prune._importance import disturbed_taylor, hidden_scores, magnitude
+from samcompress.prune._cut import keep_hidden
+from samcompress.prune._groups import KINDS, best, kept_count, share_out
+from samcompress.prune._importance import element_scores
 
 ENCODER = "image_encoder.blocks.*.mlp"
 DECODER = "mask_decoder.transformer.layers.*.mlp"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Backward passes of tensors this small lose far more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def scenes() -> sc.Dataset:
-    return sc.shapes(3, seed=5, size=(48, 64))
-
-
 def run(**fields: Any) -> Any:
-    data = fields.pop("data", None)
-    sam = fields.pop("sam", None) or random_sam()
-    return sc.prune.Mlp(**fields)(sam, data=data, progress=False)
+    sam, data = fields.pop("sam", None) or random_sam(), fields.pop("data", None)
+    return prune(sc.prune.Mlp(**fields), sam, data=data)
 
 
-def kept_of(model: torch.nn.Module) -> dict[str, list[int]]:
-    return sc.lineage(model)[-1].state["kept"]
-
-
-def encode(sam: Any) -> torch.Tensor:
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        return sam.image_encoder(images)
+def scored(sam: Any, names: list[str], criterion: Any = "disturbed_taylor") -> dict[str, Any]:
+    groups = [group for name in names for group in KINDS["mlp"].groups(sam, name)]
+    weights = [member.weight for group in groups for member in group.members]
+    elements = element_scores(sam, weights, criterion, SCENES)
+    return {group.name: group.reduce(elements) for group in groups}
 
 
 # --- the slice ------------------------------------------------------------------------------------
 
 
-def test_removing_a_unit_is_masking_it() -> None:
+def test_check1_removing_a_unit_is_masking_it() -> None:
     sam = random_sam()
     small = run(sam=sam, ratio=0.5, criterion="magnitude")
     by_row, by_column, without_bias = (copy.deepcopy(sam) for _ in range(3))
     for name, kept in kept_of(small).items():
-        gone = sorted(set(range(96)) - set(kept))
+        away = gone(kept, 96)
         for masked in (by_row, without_bias):
-            masked.get_submodule(name).lin1.weight.data[gone] = 0
-        by_row.get_submodule(name).lin1.bias.data[gone] = 0
-        by_column.get_submodule(name).lin2.weight.data[:, gone] = 0
+            masked.get_submodule(name).lin1.weight.data[away] = 0
+        by_row.get_submodule(name).lin1.bias.data[away] = 0
+        by_column.get_submodule(name).lin2.weight.data[:, away] = 0
     found = encode(small)
     torch.testing.assert_close(found, encode(by_row), rtol=0, atol=1e-5)
     torch.testing.assert_close(found, encode(by_column), rtol=0, atol=1e-5)
@@ -99,17 +79,9 @@ def test_everything_falls_by_the_formula() -> None:
     assert facts["before"]["bytes"] - facts["after"]["bytes"] == 4 * units * 65
 
 
-def test_half_of_vit_b_is_the_size_known_from_arithmetic() -> None:
-    sam = sc.SamConfig().build(empty=True)
-    half = {f"image_encoder.blocks.{i}.mlp": list(range(1536)) for i in range(12)}
-    sc.prune.Mlp().rebuild(sam, {"kept": half})
-    assert parameter_count(sam.image_encoder) == 61_340_928
-    assert parameter_count(sam) == 65_405_488
-
-
 def test_dtype_and_flags_are_kept() -> None:
     sam = random_sam().to(torch.bfloat16).requires_grad_(False)
-    small = run(sam=sam, criterion="taylor", data=sc.shapes(1, size=64))
+    small = run(sam=sam, data=sc.shapes(1, size=64))
     for parameter in small.parameters():
         assert parameter.dtype == torch.bfloat16
         assert not parameter.requires_grad
@@ -121,6 +93,18 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     again = sc.load(tmp_path / "small")
     assert torch.equal(encode(again), encode(small))
     assert kept_of(again) == kept_of(small)
+
+
+def test_recipes_of_version_1_mean_what_they_meant() -> None:
+    for params, criterion in (
+        ({"criterion": "taylor"}, "disturbed_taylor"),
+        ({"criterion": "random"}, "random"),
+        ({}, "disturbed_taylor"),
+    ):
+        entry = {"type": "prune.mlp", "version": 1, "params": params}
+        assert next(iter(sc.Pipeline.from_dict([entry]))) == sc.prune.Mlp(criterion=criterion)
+    labelled = sc.Pipeline([sc.prune.Mlp(criterion="taylor")])
+    assert sc.Pipeline.from_json(labelled.to_json()) == labelled
 
 
 # --- how many, and which --------------------------------------------------------------------------
@@ -200,123 +184,52 @@ def test_global_takes_more_where_less_matters() -> None:
 
 
 def test_magnitude_by_hand() -> None:
-    block = MLPBlock(1, 2)
-    block.lin1.weight.data = torch.tensor([[1.0], [2.0]])
-    block.lin2.weight.data = torch.tensor([[3.0, 4.0]])
-    block.lin1.bias.data = torch.tensor([100.0, 0.0])
-    assert magnitude(block).tolist() == [(1 + 9) / 2, (4 + 16) / 2]
-
-
-def test_agrees_with_torch_pruning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tp = pytest.importorskip("torch_pruning")
-    block = random_sam().image_encoder.blocks[0].mlp
-    theirs = copy.deepcopy(block)
-    example = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
-    theirs(example).square().sum().backward()
-    graph = tp.DependencyGraph().build_dependency(theirs, example)
-    group = graph.get_pruning_group(theirs.lin1, tp.prune_linear_out_channels, idxs=list(range(96)))
-    settings = {"group_reduction": "mean", "normalizer": None, "bias": False}
-    by_size = tp.importance.GroupMagnitudeImportance(p=2, **settings)(group)
-    torch.testing.assert_close(magnitude(block), by_size.detach())
-    by_taylor = tp.importance.GroupTaylorImportance(**settings)(group)
-    weights = (theirs.lin1.weight, theirs.lin2.weight)
-    products = [(w * w.grad).abs().detach() for w in weights]
-    torch.testing.assert_close(hidden_scores(*products), by_taylor.detach())
-    # The same half is kept, and the same tensors are left.
-    kept = best(magnitude(block), 48)
-    assert kept == sorted(by_size.argsort(descending=True)[:48].tolist())
-    gone = sorted(set(range(96)) - set(kept))
-    graph.get_pruning_group(theirs.lin1, tp.prune_linear_out_channels, idxs=gone).prune()
-    keep_hidden(block, kept)
-    for name, tensor in block.state_dict().items():
-        assert torch.equal(tensor, theirs.state_dict()[name])
-
-
-def test_taylor_is_the_sum_it_claims_to_be(scenes: sc.Dataset) -> None:
-    """Every weight by itself, from the two-pass loss against a disturbed target."""
     sam = random_sam()
-    names = [f"image_encoder.blocks.{i}.mlp" for i in range(2)]
-    noises: list[torch.Tensor] = []
-    draw = torch.randn
-
-    def spy(*size: Any, **options: Any) -> torch.Tensor:
-        noises.append(draw(*size, **options))
-        return noises[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("samcompress.prune._importance.torch.randn", spy)
-        found = disturbed_taylor(sam, names, scenes, seed=4)
-    assert [tuple(noise.shape) for noise in noises] == 3 * [(1, 32, 8, 8)]
-    squares: dict[str, np.ndarray] = {}
-    for scene, noise in zip(scenes, noises, strict=True):
-        image = preprocess(sam, scene.image)[0][None]
-        target = sam.image_encoder(image).detach() + noise
-        sam.zero_grad()
-        (target - sam.image_encoder(image)).square().sum().backward()
-        for name in names:
-            for layer in ("lin1", "lin2"):
-                gradient = sam.get_submodule(f"{name}.{layer}").weight.grad.double().numpy() / 2
-                squares[name + layer] = squares.get(name + layer, 0) + gradient**2
-    for name in names:
-        block = sam.get_submodule(name)
-        first, second = (w.weight.detach().double().numpy() for w in (block.lin1, block.lin2))
-        for unit in range(96):
-            score = 0.0
-            for e in range(32):
-                score += abs(first[unit, e]) * squares[name + "lin1"][unit, e] ** 0.5
-                score += abs(second[e, unit]) * squares[name + "lin2"][e, unit] ** 0.5
-            assert float(found[name][unit]) == pytest.approx(score / 2, rel=1e-4)
+    block = sam.image_encoder.blocks[0].mlp
+    block.lin1.bias.data *= 100  # says nothing about what matters
+    [found] = scored(sam, ["image_encoder.blocks.0.mlp"], "magnitude").values()
+    for unit in (0, 50, 95):
+        row, column = block.lin1.weight.detach()[unit], block.lin2.weight.detach()[:, unit]
+        assert float(found[unit]) == pytest.approx(float(row @ row + column @ column) / 2)
 
 
-def test_taylor_does_not_depend_on_the_order_of_images(scenes: sc.Dataset) -> None:
-    sam, names = random_sam(), ["image_encoder.blocks.0.mlp"]
-    forth = disturbed_taylor(sam, names, list(scenes), seed=0)
-    back = disturbed_taylor(sam, names, list(scenes)[::-1], seed=0)
-    other = disturbed_taylor(sam, names, list(scenes), seed=1)
-    torch.testing.assert_close(forth, back, rtol=1e-5, atol=0)
-    assert not torch.equal(forth[names[0]], other[names[0]])
-
-
-def test_taylor_follows_its_units(scenes: sc.Dataset) -> None:
-    sam, name = random_sam(), "image_encoder.blocks.1.mlp"
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
-    shuffled = copy.deepcopy(sam)
-    keep_hidden(shuffled.get_submodule(name), order)
-    plain = disturbed_taylor(sam, [name], scenes, seed=0)[name]
-    moved = disturbed_taylor(shuffled, [name], scenes, seed=0)[name]
-    torch.testing.assert_close(moved, plain[order], rtol=1e-4, atol=0)
-
-
-def test_taylor_finds_the_units_that_do_nothing(scenes: sc.Dataset) -> None:
+def test_taylor_finds_the_units_that_do_nothing() -> None:
     sam = random_sam()
     idle = [3, 17, 40, 41, 42, 60, 77, 95]
     sam.image_encoder.blocks[0].mlp.lin2.weight.data[:, idle] = 0  # large lin1 rows, no effect
     sam.image_encoder.blocks[0].mlp.lin1.weight.data[idle] *= 50
-    small = run(sam=sam, ratio=8 / 96, data=scenes)
-    assert not set(idle) & set(kept_of(small)["image_encoder.blocks.0.mlp"])
+    for criterion in ("disturbed_taylor", "taylor"):
+        small = run(sam=sam, ratio=8 / 96, data=SCENES, criterion=criterion)
+        assert not set(idle) & set(kept_of(small)["image_encoder.blocks.0.mlp"])
     by_size = kept_of(run(sam=sam, ratio=8 / 96, criterion="magnitude"))
     assert set(idle) <= set(by_size["image_encoder.blocks.0.mlp"])
 
 
-def test_decoder(scenes: sc.Dataset) -> None:
+def test_decoder() -> None:
     sam = random_sam()
-    small = run(sam=sam, where=DECODER, ratio=0.5, data=scenes)
-    assert [layer.mlp.lin1.out_features for layer in small.mask_decoder.transformer.layers] == [
-        64
-    ] * 2
+    small = run(sam=sam, where=DECODER, ratio=0.5, data=SCENES)
+    hidden = [layer.mlp.lin1.out_features for layer in small.mask_decoder.transformer.layers]
+    assert hidden == [64, 64]
     assert torch.equal(encode(small), encode(sam))
     names = [f"mask_decoder.transformer.layers.{i}.mlp" for i in range(2)]
-    scores = disturbed_taylor(sam, names, scenes, seed=0)
-    # ReLU leaves many units silent on three scenes, but not all.
+    scores = scored(sam, names)
+    # ReLU leaves many units silent on two scenes, but not all.
     assert all(torch.isfinite(s).all() and (s > 0).float().mean() > 0.3 for s in scores.values())
-    both = disturbed_taylor(sam, [*names, "image_encoder.blocks.0.mlp"], scenes, seed=0)
+    both = scored(sam, [*names, "image_encoder.blocks.0.mlp"])
     assert both.keys() == {*names, "image_encoder.blocks.0.mlp"}
 
 
-def test_at_most_so_many_images_are_read_and_reported(scenes: sc.Dataset) -> None:
+def test_encoder_and_decoder_are_ranked_apart() -> None:
+    small = run(where=(ENCODER, DECODER), criterion="random", scope="global", ratio=0.5)
+    totals = {"image_encoder": 0, "mask_decoder": 0}
+    for name, kept in kept_of(small).items():
+        totals[name.partition(".")[0]] += len(kept)
+    assert totals == {"image_encoder": 96, "mask_decoder": 128}
+
+
+def test_at_most_so_many_images_are_read_and_reported() -> None:
     events: list[Any] = []
+    scenes = sc.shapes(3, seed=5, size=(48, 64))
     sc.prune.Mlp(images=2)(random_sam(), data=scenes, progress=events.append)
     assert [(e.step, e.label, e.done, e.total) for e in events] == [
         ("prune.mlp", "images", 1, 2),
@@ -348,14 +261,15 @@ def test_counts_out_of_range(name: str) -> None:
 
 
 def test_unknown_criterion() -> None:
-    assert "'taylor' | 'magnitude' | 'random'" in message(errors.ConfigError, criterion="l1")
+    known = "'disturbed_taylor' | 'taylor' | 'activation' | 'magnitude' | 'random'"
+    assert known in message(errors.ConfigError, criterion="l1")
 
 
 def test_ratio_that_empties_a_layer() -> None:
     text = message(errors.ConfigError, ratio=0.95, criterion="magnitude")
     assert text.splitlines() == [
-        "prune.mlp: nothing of an MLP would be left.",
-        "  where     image_encoder.blocks.0.mlp with 96 hidden units",
+        "prune.mlp: nothing of a module would be left.",
+        "  where     image_encoder.blocks.0.mlp with 96 units",
         "  got       ratio=0.95, round_to=8",
         "  expected  at least 8 units left",
         "  try       a smaller ratio=, or round_to=1",
@@ -372,8 +286,8 @@ def test_after_quantisation() -> None:
         "prune.mlp cannot cut a layer that was replaced.",
         "  where     image_encoder.blocks.0.mlp.lin1",
         "  got       Int8Linear",
-        "  expected  torch.nn.Linear",
-        "  try       prune first, e.g. sc.prune.Mlp() | sc.quantize.Int8Weights()",
+        "  expected  torch.nn.Linear or torch.nn.Conv2d",
+        "  try       prune first, then quantize",
     ]
     assert "prune.mlp comes after quantize.int8_weights" in message(
         errors.OrderError, sam=sam, criterion="magnitude"
@@ -382,8 +296,13 @@ def test_after_quantisation() -> None:
 
 def test_no_mlp() -> None:
     text = message(errors.NoEffectError, where="image_encoder.blocks.*.attn", criterion="magnitude")
-    assert text.startswith("prune.mlp matched no module it can act on.")
-    assert "MLPBlock" in text
+    assert text.splitlines() == [
+        "prune.mlp matched no module it can act on.",
+        "  where     Where(include=('image_encoder.blocks.*.attn',), exclude=())",
+        "  got       Attention",
+        "  expected  MLPBlock of segment_anything",
+        "  try       prune before modules are replaced; of other encoders take a smaller variant",
+    ]
 
 
 def test_weights_that_are_not_finite() -> None:
@@ -403,8 +322,12 @@ def test_no_readable_image() -> None:
 
     data = sc.Dataset([Broken("x", "x.jpg", (4, 4))], "broken", skips=skips())
     text = message(errors.DataError, data=data)
-    assert text.startswith("prune.mlp could read none of its images.")
-    assert "broken" in text
+    assert text.splitlines() == [
+        "prune.mlp could read none of its images.",
+        "  where     broken",
+        "  got       image of x: the file is gone",
+        "  try       mend the data, or use a criterion that needs none",
+    ]
 
 
 def skips() -> Any:
