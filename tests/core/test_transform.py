@@ -75,7 +75,7 @@ def test_register_refuses_a_second_class_of_the_same_name() -> None:
 def test_get_suggests_and_does_not_substitute() -> None:
     with pytest.raises(errors.UnknownTransformError) as caught:
         sc.get("prune.mpl")
-    assert str(caught.value).endswith("try       prune.mlp")
+    assert "try       prune.mlp" in str(caught.value)
 
 
 def test_list_takes_wildcards() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import samcompress as sc
+from samcompress.core import zoo
 from samcompress.core.errors import ConfigError, OrderError, UnknownTransformError
 from samcompress.evaluate.catalog import catalog, describe, health
 from samcompress.evaluate.environment import Check
@@ -98,11 +99,12 @@ def test_pattern_that_matches_nothing_is_shown() -> None:
     assert row["ready"] == "no: matched no module."
 
 
-def test_catalog_keeps_three_kinds_apart() -> None:
-    techniques, architectures, recipes = catalog()
+def test_catalog_keeps_four_kinds_apart() -> None:
+    techniques, architectures, recipes, models = catalog()
     assert [r["name"] for r in techniques.records()] == sc.list_transforms()
     assert [r["name"] for r in architectures.records()] == list(sc.ARCHITECTURES)
     assert [f"{r['name']}.json" for r in recipes.records()] == list(sc.list_recipes())
+    assert [r["name"] for r in models.records()] == list(zoo.published())
     assert all(r["what it is"] for r in techniques.records())
 
 

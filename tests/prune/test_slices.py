@@ -145,6 +145,13 @@ def test_check13_a_frozen_model_is_pruned_too(name: str) -> None:
 
 
 @every
+def test_check12_works_where_the_model_is(name: str, device: str) -> None:
+    small = prune(replace(TECHNIQUES[name], images=1), toy().to(device))
+    assert {p.device.type for p in small.parameters()} == {torch.device(device).type}
+    assert all(module.training is False for module in small.modules())
+
+
+@every
 def test_under_no_grad(name: str) -> None:
     technique = replace(TECHNIQUES[name], images=1)
     expected = kept_of(prune(technique))
