@@ -318,8 +318,7 @@ def read_recipe(recipe: str | Path) -> tuple[str, str]:
 
 
 def _run(step: Transform, model: nn.Module, context: Context) -> Step:
-    training = {name: module.training for name, module in model.named_modules()}
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    flags = _Flags(model)
     before = {"parameters": parameter_count(model), "bytes": tensor_bytes(model)}
     step.check(model)
     start = time.perf_counter()
@@ -334,10 +333,32 @@ def _run(step: Transform, model: nn.Module, context: Context) -> Step:
             fix="a smaller image size or batch, another device=, or consume=True",
         ) from err
     seconds = time.perf_counter() - start
-    for name, module in model.named_modules():
-        module.training = training.get(name, training[""])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+    flags.restore(model)
     after = {"parameters": parameter_count(model), "bytes": tensor_bytes(model)}
     log.info("%s: %s -> %s in %.1f s", step.label, before, after, seconds)
     return Step(step, state, {"before": before, "after": after, "seconds": round(seconds, 3)})
+
+
+class _Flags:
+    """Which modules are in training and which parameters learn, kept over a step.
+
+    A module is known by itself, as removing a block renames those after it; one that took
+    another's place, by its name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = dict(model.named_modules())  # references: an id must not be given out again
+        self.training = {id(m): m.training for m in self.names.values()}
+        self.learns = {
+            (id(m), local): p.requires_grad
+            for m in self.names.values()
+            for local, p in m.named_parameters(recurse=False)
+        }
+
+    def restore(self, model: nn.Module) -> None:
+        """Set them as they were; new modules are as the model, new parameters as they came."""
+        for name, module in model.named_modules():
+            known = module if id(module) in self.training else self.names.get(name, model)
+            module.training = self.training[id(known)]
+            for local, p in module.named_parameters(recurse=False):
+                p.requires_grad_(self.learns.get((id(known), local), p.requires_grad))

@@ -107,6 +107,19 @@ def test_flags_are_restored() -> None:
     assert not small.mask_decoder.training
 
 
+def test_flags_follow_a_block_that_gets_another_number() -> None:
+    sam = sc.build("tiny")
+    last = len(sam.image_encoder.blocks) - 1
+    sam.image_encoder.blocks[last].requires_grad_(False).train()
+    short = sc.prune.Blocks(count=1)(sam, data=sc.shapes(2))
+    left = sc.lineage(short)[-1].state["kept"]["image_encoder.blocks"]
+    assert left != list(range(last))
+    for at, old in enumerate(left):
+        block = short.image_encoder.blocks[at]
+        assert block.training == (old == last)
+        assert all(p.requires_grad == (old != last) for p in block.parameters())
+
+
 def test_works_where_the_model_is(device: str) -> None:
     small = MLP(random_sam().to(device))
     assert {p.device.type for p in small.parameters()} == {torch.device(device).type}
