@@ -293,6 +293,15 @@ def _convert(
 
 
 def _describable(sam: nn.Module) -> SamConfig:
+    odd = [name for name, module in sam.named_modules() if getattr(module, "approximates", False)]
+    if odd:  # the names of its tensors are SAM's, so nothing else would tell
+        raise ModelError(
+            "a transformers SamModel cannot hold this model.",
+            where=", ".join(odd[:3]) + (" ..." if len(odd) > 3 else ""),
+            got=type(sam.get_submodule(odd[0])).__name__,
+            expected="SAM's own modules, or exact substitutes",
+            fix="save it with sc.save, or convert it before the step that made the difference",
+        )
     try:
         config = config_of(sam)
     except ModelError as err:

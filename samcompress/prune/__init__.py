@@ -1,4 +1,4 @@
-"""Fewer weights: what is removed is gone from parameters, multiply-accumulates, bytes and time.
+"""Fewer weights and tokens: what is removed is gone, except where a row says that it is a mask.
 
 | technique | what it removes | needs data |
 |---|---|---|
@@ -9,15 +9,38 @@
 | `Blocks` | whole blocks of the image encoder | by `criterion` |
 | `Decoder` | hidden units and heads of the mask decoder | by `criterion` |
 | `SlimSAM` | channels, then heads and hidden units, with training after each | yes |
+| `MergeTokens` | keys of the encoder's global attention that are alike | no |
+| `ClusterTokens` | tokens in later blocks of the image encoder, clustered | no |
+| `SkipPadding` | the image encoder's work on padding; that of windows exactly | no |
+| `Sparse24` | two of each four weights: GPU kernels, else a mask | by `criterion` |
+| `Unstructured` | a share of the weights: a mask only | by `criterion` |
 """
 
 from . import _official  # noqa: F401 - registers the published models
 from .blocks import Blocks
 from .channels import Channels
+from .cluster_tokens import ClusterTokens
 from .decoder import Decoder
 from .head_dims import HeadDims
 from .heads import Heads
+from .merge_tokens import MergeTokens
 from .mlp import Mlp
+from .skip_padding import SkipPadding
 from .slim_sam import SlimSAM
+from .sparse24 import Sparse24
+from .unstructured import Unstructured
 
-__all__ = ["Blocks", "Channels", "Decoder", "HeadDims", "Heads", "Mlp", "SlimSAM"]
+__all__ = [
+    "Blocks",
+    "Channels",
+    "ClusterTokens",
+    "Decoder",
+    "HeadDims",
+    "Heads",
+    "MergeTokens",
+    "Mlp",
+    "SkipPadding",
+    "SlimSAM",
+    "Sparse24",
+    "Unstructured",
+]

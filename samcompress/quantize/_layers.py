@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,26 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(scale.dtype) * _along(scale, codes)).to(dtype)
 
 
-class _Int8(nn.Module):
+class Stored(nn.Module):
+    """A layer whose weight is integers.
+
+    Attributes:
+        kept: names of buffers that no cast may round: `.bfloat16()` leaves their type alone.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: getattr(self, name) for name in self.kept}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+
+class _Int8(Stored):
     """An int8 `weight`, its float32 `scale` a channel, and the bias of the layer that it replaces.
 
     The weight starts as zeros of the right shape, for a checkpoint to be poured in.
@@ -64,14 +83,6 @@ class _Int8(nn.Module):
     def fill(self, weight: Tensor) -> None:
         """Store the codes and scales of a floating-point weight."""
         self.weight, self.scale = quantize_channels(weight)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # `.bfloat16()` must not round the scales: they stay float32, like the codes stay int8.
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
 
 
 class Int8Linear(_Int8):
@@ -114,12 +125,18 @@ class Int8Conv2d(_Int8):
         )
 
 
-def int8_twin(layer: nn.Module) -> Int8Linear | Int8Conv2d | None:
-    """An int8 layer of the same shape, still of zeros; None for a layer of another kind.
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is an `nn.Linear`, or a kind of it that says that it computes the same.
 
-    Exact classes only: a subclass may use its weight in ways we do not know.
+    Other subclasses may use their weight in ways we do not know.
     """
-    if type(layer) is nn.Linear:
+    return isinstance(layer, nn.Linear) and getattr(layer, "computes_as", type(layer)) is nn.Linear
+
+
+def int8_twin(layer: nn.Module) -> Int8Linear | Int8Conv2d | None:
+    """An int8 layer of the same shape, still of zeros; None for a layer of another kind."""
+    if is_linear(layer):
+        assert isinstance(layer, nn.Linear)
         return Int8Linear(layer)
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
         return Int8Conv2d(layer)

@@ -273,3 +273,14 @@ def test_transformers_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingDependencyError, match="transformers is needed for to_transformers"):
         to_transformers(full())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [sc.prune.MergeTokens(), sc.prune.ClusterTokens(), sc.prune.SkipPadding(photo=True)],
+    ids=lambda step: step.name,
+)
+def test_what_only_approximates_is_refused(step: sc.Transform) -> None:
+    sam = sc.build("tiny", image_size=128, window_size=5)
+    with pytest.raises(ModelError, match="cannot hold"):
+        to_transformers(step(sam, progress=False))
