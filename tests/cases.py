@@ -49,6 +49,12 @@ CASES = (
     Case("substitute.hq", twice="NoEffectError"),
     Case("substitute.hiera", {"variant": "tiny"}),
     Case("substitute.timm", {"model": "test_efficientnet", "fuse": True}),
+    Case(
+        "substitute.light_decoder",
+        {"mlp_dim": 24},
+        shrinks=("parameters", "bytes"),
+        twice="NoEffectError",
+    ),
     Case("prune.mlp", {"ratio": 0.5}, shrinks=("parameters", "bytes")),
     Case("prune.heads", {"ratio": 0.5}, shrinks=("parameters", "bytes"), twice="ConfigError"),
     Case("prune.head_dims", {"ratio": 0.5}, shrinks=("parameters", "bytes"), twice="ConfigError"),

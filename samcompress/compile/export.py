@@ -56,7 +56,8 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
 
     Raises:
         MissingDependencyError: if the runtime or its exporter is not installed; before any work.
-        ModelError: if prompt encoder or mask decoder are not segment_anything's.
+        ModelError: if prompt encoder or mask decoder are not made of segment_anything's parts, as
+            EfficientSAM's.
         BackendError: if the runtime cannot express the model, or its results differ from torch's by
             more than the tolerance (1e-4 in float32, relative to the largest number).
 
@@ -108,6 +109,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
                 where=", ".join(absent),
                 got=f"{type(prompt_encoder).__name__}, {type(mask_decoder).__name__}",
                 expected="those of segment_anything",
+                fix="run this model in torch; of published models only EfficientSAM is such a one",
             )
 
     def apply(self, model: Any, ctx: Context) -> State:

@@ -22,7 +22,7 @@ from .errors import CheckpointError
 from .files import whole
 
 if TYPE_CHECKING:
-    from .zoo import File
+    from ._official import File
 
 CACHE = "SAMCOMPRESS_CACHE"
 CHUNK = 1 << 20
@@ -51,7 +51,7 @@ def fetch(file: File, *, progress: ProgressLike = True) -> Path:
             is not the file.
     """
     # On the Hub, many files are called model.safetensors.
-    place = cache_folder() / (file.hub or "").replace("/", "--") / file.name
+    place = cache_folder() / (file.hub or file.folder).replace("/", "--") / file.name
     if place.is_file():
         if not _archived(file):
             _check_size(file, place, fix=f"remove it; the same again downloads {file.name}")

@@ -175,7 +175,10 @@ class Sam2Decoder(MaskDecoder):  # type: ignore[misc]
 
     Attributes:
         features: channels that follow the C of the embedding in what the encoder gives.
+        score_token: place of the score's token among those of the transformer.
     """
+
+    score_token = 1
 
     def __init__(self, stable: tuple[float, float] | None, **decoder: Any) -> None:
         super().__init__(**decoder)

@@ -191,7 +191,8 @@ def _from_file(path: Path, model: str | None, decoder_num_heads: int | None) -> 
         if all(name in named for name in NEEDED):
             config = config_from_state(named, where=str(path), decoder_num_heads=decoder_num_heads)
             sam = assemble(config, named, where=str(path))
-            describe(sam, source=path.name, licence=LICENCES.get(path.name))
+            licence = entry.licence if entry and path.name in entry.also else None
+            describe(sam, source=path.name, licence=licence or LICENCES.get(path.name))
             return sam
     near = zoo.nearest(state)
     if near is not None and not near.differences and not isinstance(near.entry, str):

@@ -17,6 +17,7 @@ from torch import nn
 
 from ._draws import drawn
 from ._infer import NEEDED, STATISTICS, fill, some, statistics
+from ._official import Figure, File
 from ._sam2 import Sam2Config
 from ._weights import TensorDict
 from .build import SamConfig
@@ -32,58 +33,22 @@ from .history import Base, History, describe, remember
 if TYPE_CHECKING:
     from .transform import Transform
 
+__all__ = [
+    "SAM",
+    "Figure",
+    "File",
+    "Nearest",
+    "Published",
+    "assemble",
+    "find",
+    "nearest",
+    "published",
+    "recognise",
+    "register",
+]
+
 SAM = "segment_anything"
 _known: dict[str, Published] = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A published number.
-
-    Attributes:
-        metric: what was measured, e.g. ``"mIoU, box"``.
-        value: shares in [0, 1], otherwise with the unit in `metric`.
-        setting: data, prompts and device, e.g. ``"COCO val2017, boxes of the annotations"``.
-        source: where it stands, e.g. ``"arXiv 2306.14289, table 5"``.
-    """
-
-    metric: str
-    value: float
-    setting: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """An official file.
-
-    Attributes:
-        name: its name, also in the cache folder.
-        url: where it is downloaded, None where only a person can, by way of `page`. The ``.zip`` of
-            a file that is called otherwise is unpacked.
-        page: web page that offers it.
-        size: bytes of what is downloaded, None where unknown.
-        md5: of what is downloaded, in hex; the beginning is enough.
-        sha256: the same.
-        hub: Hugging Face Hub id; the file is then fetched from there.
-        prefix: put before names that lack it, e.g. ``"image_encoder."`` for an encoder alone.
-        only: beginnings of the names that are taken where a model has several files; all if empty.
-    """
-
-    name: str
-    url: str | None = None
-    page: str = ""
-    size: int | None = None
-    md5: str | None = None
-    sha256: str | None = None
-    hub: str | None = None
-    prefix: str = ""
-    only: tuple[str, ...] = ()
-
-    def taken(self, state: TensorDict) -> TensorDict:
-        """What the model takes of the file's tensors, by the names it takes them under."""
-        whole = {n if n.startswith(self.prefix) else self.prefix + n: t for n, t in state.items()}
-        return {n: t for n, t in whole.items() if not self.only or n.startswith(self.only)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -99,6 +64,7 @@ class Published:
         make: for models that are no SAM, instead of `base` and `steps`: the module filled from an
             official state dict, or with random weights from None.
         files: its official files; the tensors of several are taken together.
+        also: names of further official files of the same weights.
         signature: names and shapes of a few tensors that tell its files from those of others, as
             they are in the file, wrappers and common prefixes off. A model that has all of
             another's tensors and more lists the other's signature too.
@@ -120,6 +86,7 @@ class Published:
     steps: Callable[[], tuple[Transform, ...]] = tuple
     make: Callable[[TensorDict | None], nn.Module] | None = None
     files: tuple[File, ...]
+    also: tuple[str, ...] = ()
     signature: Mapping[str, tuple[int, ...]]
     convert: Callable[[TensorDict], TensorDict] = dict
     parameters: int
@@ -161,6 +128,10 @@ class Published:
     def plain(self) -> bool:
         """Whether it is a SAM as segment_anything makes it, whose sizes its tensors show."""
         return isinstance(self.base, SamConfig) and not self.steps()
+
+    def offers(self, name: str | None) -> bool:
+        """Whether one of its official files has this name."""
+        return name in self.also or name in {file.name for file in self.files}
 
     def fits(self, state: TensorDict) -> bool:
         """Whether the tensors of its signature are all there, with their shapes."""
@@ -274,7 +245,7 @@ def assemble(
         MissingDependencyError: if the model needs a package that is not installed.
     """
     named = _converted(entry, state, where)
-    official = source == entry.name or source in {file.name for file in entry.files}
+    official = source == entry.name or entry.offers(source)
     if entry.make is not None:
         try:
             made = entry.make(named)

@@ -30,6 +30,7 @@ Policy = Literal["fp_fn", "fn_only"]
 
 JITTER = 0.1  # of a box's side, the standard deviation, as in SAM
 MOST = 20 / 1024  # of the frame's side, the largest shift of a box's corner
+BOX_CORNER = 2  # label of a prompt's first token if the prompt is a box
 STEPS = 256  # places along the side of a cell where a click may fall: exact in float32
 
 
@@ -66,6 +67,11 @@ class Asked:
     def going(self) -> Tensor:
         """(P,) bool: the last click, if there is one, was not ignored."""
         return (self.labels[:, 2:] >= 0).all(1)
+
+    @property
+    def boxed(self) -> Tensor:
+        """(P,) bool: it began with a box."""
+        return self.labels[:, 0] == BOX_CORNER
 
     @property
     def ambiguous(self) -> Tensor:

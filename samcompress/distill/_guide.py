@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..core._objective import Share
 from ..core.checkpoint import fingerprint
-from ..core.contract import device_of
+from ..core.contract import device_of, embedding_shape
 from ..core.errors import ModelError, NoEffectError
 from ..core.transform import Context
 from ._cache import Teacher, evaluating
 from ._clicks import Asked
-from ._decode import Decoded, decode
+from ._decode import Decoded, check_decoder, decode
 from ._embeddings import Embeddings
 from ._samples import Augment, Batch, Frame, Samples
 
@@ -152,7 +152,21 @@ def guided(
     return GuidedSamples(samples, cache), Guide(teacher, model)
 
 
+def compared(student: Any, teacher: Any) -> tuple[int, int]:
+    """How many channels of the student's embedding and of the teacher's have a counterpart.
+
+    All of them; but where their decoders take different further ones, only those before.
+    """
+    models = student, teacher
+    further = [getattr(model.mask_decoder, "features", 0) for model in models]
+    whole = [embedding_shape(model)[0] for model in models]
+    if further[0] != further[1]:
+        whole = [count - more for count, more in zip(whole, further, strict=True)]
+    return whole[0], whole[1]
+
+
 def _check_pair(label: str, student: Any, teacher: Any, *, channels: bool) -> None:
+    check_decoder(f"{label}'s teacher", teacher)
     if fingerprint(student) == fingerprint(teacher):
         raise NoEffectError(
             f"{label} has nothing to learn.",
@@ -163,7 +177,7 @@ def _check_pair(label: str, student: Any, teacher: Any, *, channels: bool) -> No
     models = (student, teacher)
     answers = {"masks a prompt": [m.mask_decoder.num_mask_tokens for m in models]}
     if channels:
-        answers["channels of the embedding"] = [m.prompt_encoder.embed_dim for m in models]
+        answers["channels of the embedding"] = list(compared(student, teacher))
     for what, (mine, other) in answers.items():
         if mine != other:
             raise ModelError(

@@ -17,6 +17,7 @@ from ..core.registry import register
 from ..core.transform import Context, State
 from ._cache import Ready, Teacher, evaluating
 from ._embeddings import Embeddings
+from ._guide import compared
 from ._learner import JUDGED, SAME, Learner
 from ._losses import Kind, embedding_loss, resizing, to_grid, valid_cells
 
@@ -42,7 +43,8 @@ class Encoder(Learner, family="distill", phase=40):
 
     A student that embeds images in another number of channels, or on another grid, gets an adapter
     for the time of training, named in the state: a linear map of its embeddings to the teacher's,
-    which is thrown away, and the teacher's embeddings resized to the student's grid. After a map
+    which is thrown away, and the teacher's embeddings resized to the student's grid. Channels that
+    only one of the two decoders takes, as SAM-HQ's, are left out and named there too. After a map
     the student's decoder must learn the new embeddings: follow with `PromptLoop` or `Supervised`.
 
     Args:
@@ -174,16 +176,20 @@ class Imitation(Objective):
         self.settings, self.kind = settings, settings.loss
         self.adapter: nn.Module = nn.Identity()
         self.adapters: tuple[str, ...] = ()
+        self.channels: tuple[int | None, int | None] = (None, None)
 
     def adapt(self, teacher: Any) -> None:
         """Choose what brings the student's embeddings and the teacher's together."""
         student: Any = self.student
         mine, theirs = (embedding_shape(model) for model in (student, teacher))
-        if mine[0] != theirs[0]:
+        self.channels = count, wanted = compared(student, teacher)
+        if (count, wanted) != (mine[0], theirs[0]):
+            self.adapters += (f"further channels left out: {mine[0]} and {theirs[0]} in all",)
+        if count != wanted:
             with randomly(torch.device("cpu"), self.settings.seed, "adapter"):
-                made = nn.Conv2d(mine[0], theirs[0], 1)
+                made = nn.Conv2d(count, wanted, 1)
             self.adapter = made.to(device_of(student))
-            self.adapters += (f"student's channels {mine[0]} -> {theirs[0]}, linear",)
+            self.adapters += (f"student's channels {count} -> {wanted}, linear",)
         if mine[1:] != theirs[1:]:
             grids = " -> ".join("x".join(map(str, shape[1:])) for shape in (theirs, mine))
             self.adapters += (f"teacher's grid {grids}, {resizing(theirs[1:], mine[1:])}",)
@@ -215,8 +221,9 @@ class Imitation(Objective):
     def _three(self, drawn: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, h, w) of student and teacher, and (B, 1, h, w) cells that count."""
         images = drawn.images.to(device_of(self.student))
-        student = self.adapter(self.student.get_submodule(PART)(images))
+        mine, theirs = self.channels
+        student = self.adapter(self.student.get_submodule(PART)(images)[:, :mine])
         height, width = student.shape[-2:]
         cells = [valid_cells(size, images.shape[-1], (height, width)) for size in drawn.sizes]
-        teacher = to_grid(drawn.teacher.to(student.device), (height, width))
+        teacher = to_grid(drawn.teacher[:, :theirs].to(student.device), (height, width))
         return student, teacher, torch.stack(cells).to(student.device)

@@ -17,8 +17,8 @@ from ..core.registry import register
 from ..core.transform import Context, State
 from ._cache import evaluating
 from ._clicks import Asked, Clicks
-from ._decode import Decoded, decode
-from ._guide import Guide, Guided, GuidedSamples, guided
+from ._decode import Decoded, check_decoder, decode
+from ._guide import Guide, Guided, GuidedSamples, compared, guided
 from ._learner import SAME, Learner
 from ._losses import embedding_loss, to_grid, valid_cells
 from ._mask_losses import Norm, hard_weights, iou, least, logit_l1, mask_loss, score_loss
@@ -68,8 +68,8 @@ class FullStage(Learner, family="distill", phase=40):
 
     Raises:
         ConfigError: if a field is out of range, or training diverges.
-        ModelError: if the teacher has another number of channels or masks, or the weights are not
-            float32.
+        ModelError: if the teacher has another number of channels or masks, a decoder is not made of
+            segment_anything's parts, or the weights are not float32.
         NoEffectError: if the student equals the teacher already.
         DataError: if the images have no usable masks, or one is damaged.
         CheckpointError: if a cache or checkpoint in ``workdir=`` is damaged or of another run.
@@ -124,6 +124,11 @@ class FullStage(Learner, family="distill", phase=40):
                 f"{self.label}: prompts is out of range.", got=self.prompts, expected=">= 1"
             )
 
+    def check(self, model: nn.Module) -> None:
+        """Check that prompts can be decoded, and that there are weights that can be trained."""
+        check_decoder(self.label, model)
+        super().check(model)
+
     def objective(self, model: nn.Module, ctx: Context, steps: int) -> Objective:
         """All distances, weighted."""
         source, guide = guided(
@@ -167,6 +172,7 @@ class Stages(Objective):
         super().__init__(student, source)
         self.guide, self.settings = guide, settings
         self.balance = Balance(device_of(student))
+        self.channels, _ = compared(student, guide.teacher)
 
     def forward(self, drawn: Guided, step: int) -> Mapping[str, Tensor]:
         """Terms ``embedding``, ``tokens``, ``logits``; ``mask`` and ``iou`` of annotated masks."""
@@ -245,6 +251,7 @@ class Stages(Objective):
     def _embedding(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """Mean over the prompts of their image's distance: as all terms, whatever the division."""
         height, width = student.shape[-2:]
+        student, teacher = student[:, : self.channels], teacher[:, : self.channels]
         teacher = to_grid(teacher.float(), (height, width))
         valid = [
             valid_cells(size, self.source.side, (height, width)).to(student) for size in batch.sizes

@@ -15,7 +15,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.transform import Context, State
 from ._clicks import Asked, Clicks, rounds
-from ._decode import Decoded, decode
+from ._decode import Decoded, check_decoder, decode
 from ._guide import Guide, Guided, GuidedSamples, guided
 from ._learner import Learner
 from ._lora import attach, merge
@@ -24,7 +24,6 @@ from ._samples import Augment
 
 WEIGHT = 5.0  # of cross-entropy and of Dice
 FEWEST = 10  # cells in which the masks must differ for another click
-BOX_CORNER = 2  # label of a prompt's first token if the prompt is a box
 
 
 @register
@@ -68,7 +67,8 @@ class PromptLoop(Learner, family="distill", phase=40):
 
     Raises:
         ConfigError: if a field is out of range, or training diverges.
-        ModelError: if the teacher gives another number of masks, or the weights are not float32.
+        ModelError: if the teacher gives another number of masks, a decoder is not made of
+            segment_anything's parts, or the weights are not float32.
         NoEffectError: if the student equals the teacher already.
         DataError: if the images have no usable masks, or one is damaged.
         CheckpointError: if a cache or checkpoint in ``workdir=`` is damaged or of another run.
@@ -127,6 +127,11 @@ class PromptLoop(Learner, family="distill", phase=40):
                     got=getattr(self, name),
                     expected=">= 1",
                 )
+
+    def check(self, model: nn.Module) -> None:
+        """Check that prompts can be decoded, and that there are weights that can be trained."""
+        check_decoder(self.label, model)
+        super().check(model)
 
     def objective(self, model: nn.Module, ctx: Context, steps: int) -> Objective:
         """The distance of the masks in all rounds."""
@@ -198,20 +203,15 @@ class Loop(Objective):
         return {name: (shares * value).sum(1) for name, value in each.items()}
 
 
-def _boxed(asked: Asked) -> Tensor:
-    """(P,) bool: it began with a box."""
-    return asked.labels[:, 0] == BOX_CORNER
-
-
 def _shares(asked: Asked, decoded: Decoded) -> Tensor:
     """(P, M) how much each mask counts: a box's single one alone, all alike for a point."""
     count = decoded.logits.shape[1]
     single = torch.zeros(count, device=asked.labels.device)
     single[0] = 1
-    return torch.where(_boxed(asked)[:, None], single, torch.full_like(single, 1 / count))
+    return torch.where(asked.boxed[:, None], single, torch.full_like(single, 1 / count))
 
 
 def best(logits: Tensor, scores: Tensor, asked: Asked) -> Tensor:
     """(P, n, n) logits of a box's single mask, or of a point's best by the scores."""
-    index = torch.where(_boxed(asked), 0, scores.argmax(1))
+    index = torch.where(asked.boxed, 0, scores.argmax(1))
     return logits.detach()[torch.arange(len(index)), index]

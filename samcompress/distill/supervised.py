@@ -15,7 +15,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.transform import Context
 from ._clicks import Asked, Clicks, rounds
-from ._decode import Decoded, decode
+from ._decode import Decoded, check_decoder, decode
 from ._learner import Learner
 from ._mask_losses import curriculum, iou, least, mask_loss, score_loss
 from ._samples import Augment, Batch, Frame, Samples
@@ -66,7 +66,8 @@ class Supervised(Learner, family="distill", phase=40):
 
     Raises:
         ConfigError: if a field is out of range, or training diverges.
-        ModelError: if the weights are not float32.
+        ModelError: if the decoder is not made of segment_anything's parts, masks are fed to a
+            prompt encoder that takes none, or the weights are not float32.
         DataError: if the images have no usable masks.
         CheckpointError: if a checkpoint in ``workdir=`` is damaged.
 
@@ -124,6 +125,11 @@ class Supervised(Learner, family="distill", phase=40):
                 got=self.turn,
                 expected="two shares of the steps, 0 <= first < second <= 1",
             )
+
+    def check(self, model: nn.Module) -> None:
+        """Check that prompts can be decoded, and that there are weights that can be trained."""
+        check_decoder(self.label, model, masks=self.feed > 0 or self.rounds >= IDLE_FROM)
+        super().check(model)
 
     def objective(self, model: nn.Module, ctx: Context, steps: int) -> Objective:
         """The losses of all rounds."""

@@ -162,6 +162,7 @@ for _percent, _parameters, _macs in ((50, 27_961_776, 153.46), (77, 9_723_528, 4
             title=f"SlimSAM-{_percent}",
             base=_base,
             files=(File(name="model.safetensors", hub=f"Zigeng/SlimSAM-uniform-{_percent}"),),
+            also=(f"SlimSAM-{_percent}-uniform.pth",),
             signature={
                 POSITIONS: (1, 64, 64, _width),
                 "image_encoder.blocks.11.attn.qkv.weight": (3 * _width, _width),

@@ -16,6 +16,7 @@
 | `Conventions` | what published light SAMs do around their image encoder | no |
 | `HQ` | SAM-HQ's token for fine masks | no |
 | `Timm` | any of timm's feature extractors as image encoder | no |
+| `LightDecoder` | a mask decoder with fewer layers, narrower inside | no |
 """
 
 from . import _official  # noqa: F401 - registers the published models
@@ -25,6 +26,7 @@ from .efficient_vit import EfficientViT
 from .hiera import Hiera
 from .hq import HQ
 from .image_size import ImageSize
+from .light_decoder import LightDecoder
 from .lite_vit import LiteViT
 from .rep_vit import RepViT
 from .res_net import ResNet
@@ -35,14 +37,15 @@ from .u_net import UNet
 from .vit import ViT
 
 __all__ = [
-    "HQ",
-    "RWKV",
     "Conventions",
     "EfficientFormer",
     "EfficientViT",
+    "HQ",
     "Hiera",
     "ImageSize",
+    "LightDecoder",
     "LiteViT",
+    "RWKV",
     "RepViT",
     "ResNet",
     "Timm",

@@ -264,6 +264,7 @@ class _Blocks:
             scales=(ATTENTION[kind],),
             eps=ATTENTION_EPS,
         )
+        attention._attn = attend
         return AttentionBlock(self.residual(attention), local)
 
     def _inside(self, convolutions: int, fewer: bool) -> dict[str, Any]:
@@ -274,6 +275,23 @@ class _Blocks:
             "norm_layer": (None if fewer else self.norm,) * before + (self.norm,),
             "act_layer": (self.act,) * before + (None,),
         }
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Linear attention as timm's, safe where all kernels vanish in an exported graph too.
+
+    Optimisers of graphs take a sum with 1e-15 for one with 0 and leave it out; a maximum stays.
+
+    Args:
+        q: (B, heads, N, D), not negative.
+        k: (B, heads, N, D), not negative.
+        v: (B, heads, N, D + 1), the last channel 1.
+
+    Returns:
+        (B, heads, N, D), in the type of `v`.
+    """
+    out = q.float() @ (k.float().transpose(-1, -2) @ v.float())
+    return (out[..., :-1] / out[..., -1:].clamp(min=ATTENTION_EPS)).to(v.dtype)
 
 
 class AttentionBlock(nn.Module):

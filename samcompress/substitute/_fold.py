@@ -11,7 +11,6 @@ scaled, ``conv.bias`` is made where there was none, and the norm becomes an iden
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..core._meta import without_storage
 
 # A subclass may do more to its weight than multiply by it (standardise it, say), so it is left
 # alone.
@@ -47,7 +48,7 @@ def batch_norm_pairs(module: nn.Module, *example: Tensor) -> list[Pair]:
     Returns:
         Pairs of a layer and a norm, each called once, where nothing else reads the layer's output.
     """
-    twin = _without_storage(module).eval()
+    twin = without_storage(module).eval()
     made, read = _Calls(), _Calls()
     for name, part in twin.named_modules():
         if type(part) in LAYERS:
@@ -123,15 +124,6 @@ def _rest(norm: Any) -> nn.Module:
     if hasattr(norm, "act"):
         return nn.Sequential(norm.drop, norm.act)
     return nn.Identity()
-
-
-def _without_storage(module: nn.Module) -> nn.Module:
-    meta: dict[int, Any] = {}
-    for parameter in module.parameters():
-        meta[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in module.buffers():
-        meta[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, meta)
 
 
 class _Calls:

@@ -167,7 +167,8 @@ class HqMaskDecoder(TakenOver):
         """
         embedding, early = torch.split(image_embeddings, [self.transformer_dim, self.features], 1)
         detail = self.embedding_encoder(embedding) + self.compress_vit_feat(early)
-        count = len(sparse_prompt_embeddings)
+        # Not len(), which would become a constant in an exported graph.
+        count = sparse_prompt_embeddings.shape[0]
         own = [self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight]
         tokens = torch.cat(own).expand(count, -1, -1)
         tokens = torch.cat([tokens, sparse_prompt_embeddings], 1)

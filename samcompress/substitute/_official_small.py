@@ -124,6 +124,7 @@ _add(
     files=(
         File(
             name=MOBILE_SAM,
+            folder="mobile_sam_v2",
             page=MOBILE,
             prefix="image_encoder.",
             only=tuple(

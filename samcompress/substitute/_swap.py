@@ -47,15 +47,7 @@ class Swap(Transform):
 
     def check(self, model: nn.Module) -> None:
         """Check that the model is a SAM, and that its frame suits the encoder."""
-        decoder: Any = parts(model).mask_decoder
-        if getattr(decoder, "features", 0):
-            raise ModelError(
-                f"{self.label}: this mask decoder reads more than an embedding.",
-                where="mask_decoder",
-                got=f"{type(decoder).__name__}, which takes {decoder.features} further channels",
-                expected="a decoder that takes the embedding alone, as SAM's",
-                fix="train the image encoder that is there, or start from another SAM",
-            )
+        takes_embedding(self.label, model)
         size = self.side(framing_of(model).frame)
         if size < self.multiple or size % self.multiple:
             raise ConfigError(
@@ -85,18 +77,48 @@ class Swap(Transform):
 
     def rebuild(self, model: nn.Module, state: State) -> State:
         """The same module again."""
-        sam: Any = model
-        size, old = state["image_size"], sam.image_encoder
+        size = state["image_size"]
         with randomly(torch.device("cpu"), self.seed, self.label):
             made = self.encoder(size, state["channels"])
         if state["adapter"] is not None:
             made = OnGrid(made, state["grid"])
-        sam.image_encoder = made.to(device_of(old), dtype_of(old)).eval()
-        # Where the encoder takes smaller images than its frame, the predictor of segment_anything
-        # gives prompts in the smaller square; so that is what the prompt encoder must be told.
-        sam.prompt_encoder.input_image_size = (size, size)
-        setattr(model, ATTRIBUTE, replace(framing_of(model), size=size, frame=state["frame"]))
+        place(model, made, size, state["frame"])
         return state
+
+
+def takes_embedding(label: str, model: nn.Module) -> None:
+    """Check that a model is a SAM whose decoder needs nothing but an embedding.
+
+    Raises:
+        ModelError: if it is no SAM, or its decoder takes further channels.
+    """
+    decoder: Any = parts(model).mask_decoder
+    if getattr(decoder, "features", 0):
+        raise ModelError(
+            f"{label}: this mask decoder reads more than an embedding.",
+            where="mask_decoder",
+            got=f"{type(decoder).__name__}, which takes {decoder.features} further channels",
+            expected="a decoder that takes the embedding alone, as SAM's",
+            fix="train the image encoder that is there, or start from another SAM",
+        )
+
+
+def place(model: nn.Module, encoder: nn.Module, size: int, frame: int) -> None:
+    """Put an image encoder into a SAM.
+
+    Args:
+        model: the SAM; the rule by which images get into its square stays.
+        encoder: goes where the old one was, in its dtype.
+        size: side S of the image that it takes.
+        frame: side of the square in which prompts are placed.
+    """
+    sam: Any = model
+    old = sam.image_encoder
+    sam.image_encoder = encoder.to(device_of(old), dtype_of(old)).eval()
+    # Where the encoder takes smaller images than its frame, the predictor of segment_anything
+    # gives prompts in the smaller square; so that is what the prompt encoder must be told.
+    sam.prompt_encoder.input_image_size = (size, size)
+    setattr(model, ATTRIBUTE, replace(framing_of(model), size=size, frame=frame))
 
 
 class OnGrid(nn.Module):

@@ -45,7 +45,7 @@ class HQ(Transform, family="substitute", phase=10):
         early features as further channels: 1024 instead of 256 with ``vit_b``.
 
     Composes with: comes after `TinyViT` and before all other families; `ImageSize` before or after.
-        `distill` and `compile.export` do not know of the further channels yet.
+        `distill` leaves the further channels out where the teacher has none.
 
     Source: SAM-HQ, Ke et al. 2023, arXiv 2306.01567 (Apache-2.0). Own code. For ambiguous prompts
         it gives three masks, as SAM does; upstream gives the best-scored one of them.

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..core._draws import drawn as randomly
-from ..core.contract import device_of, dtype_of, parts
-from ..core.errors import ConfigError, ModelError
-from ..core.framing import ATTRIBUTE, Framing, framing_of
+from ..core.errors import ConfigError
+from ..core.framing import framing_of
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
+from ._swap import place, takes_embedding
 from ._timm import Plan, TimmEncoder, planned, renormalising
 
 
@@ -67,15 +67,7 @@ class Timm(Transform, family="substitute", phase=10, extras=("zoo",)):
 
     def check(self, model: nn.Module) -> None:
         """Check that the model is a SAM, and that timm's model fits its image."""
-        decoder: Any = parts(model).mask_decoder
-        if getattr(decoder, "features", 0):
-            raise ModelError(
-                f"{self.label}: this mask decoder reads more than an embedding.",
-                where="mask_decoder",
-                got=f"{type(decoder).__name__}, which takes {decoder.features} further channels",
-                expected="a decoder that takes the embedding alone, as SAM's",
-                fix="train the image encoder that is there, or start from another SAM",
-            )
+        takes_embedding(self.label, model)
         size, grid = _square(model)
         multiple = planned(self.model, size, size // grid).multiple(size // grid)
         if size % multiple:
@@ -109,8 +101,7 @@ class Timm(Transform, family="substitute", phase=10, extras=("zoo",)):
         return self._put(model, state, pretrained=False)
 
     def _put(self, model: nn.Module, state: State, *, pretrained: bool) -> State:
-        sam: Any = model
-        size, old = state["image_size"], sam.image_encoder
+        size = state["image_size"]
         with randomly(torch.device("cpu"), self.seed, self.label):
             made = TimmEncoder(
                 self.model,
@@ -123,9 +114,7 @@ class Timm(Transform, family="substitute", phase=10, extras=("zoo",)):
             ).eval()
         if self.fuse:
             made.fuse()
-        sam.image_encoder = made.to(device_of(old), dtype_of(old))
-        sam.prompt_encoder.input_image_size = (size, size)
-        setattr(model, ATTRIBUTE, Framing(size, size))
+        place(model, made, size, size)
         return state
 
 

@@ -98,7 +98,8 @@ def prompts(model: nn.Module, kind: str) -> dict[str, Any]:
 
 
 def decode(model: nn.Module, multimask: bool, **asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    embedding = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(6))
+    channels = 32 + getattr(model.mask_decoder, "features", 0)
+    embedding = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         sparse, dense = model.prompt_encoder(**asked)
         return model.mask_decoder(
@@ -371,8 +372,36 @@ def test_other_decoders_are_an_error() -> None:
         "compile.export cannot make a graph of this prompt encoder and mask decoder.\n"
         "  where     mask_decoder.predict_masks\n"
         "  got       PromptEncoder, Identity\n"
-        "  expected  those of segment_anything"
+        "  expected  those of segment_anything\n"
+        "  try       run this model in torch; of published models only EfficientSAM is such a one"
     )
+
+
+@needs_onnx
+def test_efficient_sam_is_refused() -> None:
+    sam = sc.substitute.Conventions(of="efficient_sam")(random_sam(), progress=False)
+    with pytest.raises(sc.errors.ModelError, match="cannot make a graph") as caught:
+        sc.compile.Export()(sam)
+    assert "where     prompt_encoder.not_a_point_embed, prompt_encoder.no_mask_embed" in str(
+        caught.value
+    )
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "step",
+    [sc.substitute.Conventions(of="nano_sam"), sc.substitute.HQ()],
+    ids=["nano_sam", "sam_hq"],
+)
+def test_other_conventions_and_further_channels(step: Any) -> None:
+    """As in torch for every kind of prompt, and for any number of them."""
+    sam = step(random_sam(), progress=False)
+    exported = sc.compile.Export()(sam, progress=False)
+    assert max(sc.lineage(exported)[-1].state["errors"].values()) < 1e-5
+    for kind in KINDS:
+        for multimask in (False, True):
+            found, expected = (decode(m, multimask, **prompts(m, kind)) for m in (exported, sam))
+            assert_same(found, expected)
 
 
 def test_settings() -> None:

@@ -324,3 +324,15 @@ def test_two_at_once_download_once(server: Server) -> None:
         paths = list(pool.map(lambda _: fetch(file, progress=False), range(4)))
     assert {path.read_bytes() for path in paths} == {CONTENT}
     assert server.asked == [None]
+
+
+def test_a_file_of_the_same_name_has_a_folder_of_its_own(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "model.pt").write_bytes(CONTENT)
+    other = File(name="model.pt", folder="second", page="https://example.org/second")
+    with pytest.raises(CheckpointError, match="has to be downloaded by hand") as caught:
+        fetch(other)
+    assert f"put it into {cache / 'second'}" in str(caught.value)
+    (cache / "second").mkdir()
+    (cache / "second" / "model.pt").write_bytes(CONTENT)
+    assert fetch(other) == cache / "second" / "model.pt"

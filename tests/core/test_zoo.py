@@ -650,3 +650,26 @@ def test_mobile_sam_damaged(mobile: tuple[Path, STATE], tmp_path: Path) -> None:
         "  got       missing image_encoder.patch_embed.conv1.conv.weight\n"
         "  expected  the tensors of MobileSAM (mobile_sam)" in text
     )
+
+
+def test_licence_of_a_plain_sam_by_another_official_name(tmp_path: Path) -> None:
+    plain = sc.SamConfig(**{**dataclasses.asdict(BASE), "decoder_num_heads": 8}).build()
+    state = plain.state_dict()
+    signature = {"image_encoder.pos_embed": (1, 8, 8, 32)}
+    zoo.register(
+        dataclasses.replace(
+            TOY,
+            name="toy_plain",
+            steps=tuple,
+            files=(File(name="plain.safetensors", hub="somebody/plain"),),
+            also=("plain-uniform.pth",),
+            signature=signature,
+            convert=dict,
+        )
+    )
+    for name, licence in (("plain-uniform.pth", "Apache-2.0"), ("mine.pth", None)):
+        path = saved(tmp_path / name, state)
+        for found in (sc.load(path), sc.load(path, model="toy_plain")):
+            base = history(found).base
+            assert base is not None
+            assert (base.source, base.licence) == (name, licence)

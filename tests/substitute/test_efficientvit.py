@@ -13,6 +13,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from zoo_goldens import Reference, check, embed, eps_of, error
 
 import samcompress as sc
+from samcompress.compile.backends import BACKENDS, Options
 from samcompress.core.errors import ConfigError
 from samcompress.core.framing import Framing
 from samcompress.core.predict import Embedding, decode
@@ -192,6 +193,22 @@ def test_linear_attention_sums_in_float32_under_autocast(kind: torch.dtype) -> N
     assert seen == [(torch.float32, False), (kind, False)]
     assert found.isfinite().all()
     assert error(found.float().numpy(), exact.numpy()) < 0.05
+
+
+def test_queries_that_ask_for_nothing_give_nothing_in_a_graph_too(tmp_path: Path) -> None:
+    """Optimisers of graphs drop a sum with so small an eps, and 0 / 0 is left."""
+    onnx = BACKENDS["onnxruntime"]
+    if onnx.unavailable() is not None:
+        pytest.skip("onnx extra is not installed")
+    layer, x = attention(), noise(1, 32, 4, 4)
+    x[:, :, 1] = 0
+    with torch.no_grad():
+        expected = layer(x)
+        options = Options(inputs=("x",), outputs=("found",))
+        onnx.export(layer, (x,), tmp_path / "layer.onnx", dtype="float32", options=options)
+        (found,) = onnx.load(tmp_path / "layer.onnx", device="cpu", threads=1)(x)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_activations_are_the_tanh_approximation() -> None:
