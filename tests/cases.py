@@ -18,6 +18,7 @@ class Case:
         tolerance: largest difference of two runs, or of a saved and loaded copy: 0 for torch.
         twice: error that applying the technique a second time raises; None where that makes sense.
         depth: blocks of that SAM's image encoder, of which the second is global.
+        after: technique that makes the input of that SAM, by its own row; None for the SAM itself.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Case:
     tolerance: float = 0.0
     twice: str | None = None
     depth: int = 2
+    after: str | None = None
 
 
 CASES = (
@@ -72,6 +74,31 @@ CASES = (
     Case("prune.skip_padding", exact=1e-4, twice="NoEffectError"),
     Case("prune.sparse24", twice="NoEffectError"),
     Case("prune.unstructured", twice="NoEffectError"),
+    Case(
+        "prune.supernet",
+        {
+            "budget": "macs<=75%",
+            "images": 2,
+            "steps": 2,
+            "batch_size": 2,
+            "population": 2,
+            "generations": 1,
+        },
+        shrinks=("parameters", "bytes"),
+        twice="ConfigError",
+    ),
+    Case(
+        "prune.budget",
+        {"budget": "macs<=80%", "images": 2},
+        shrinks=("parameters", "bytes"),
+        twice="ConfigError",
+    ),
+    Case(
+        "prune.filters",
+        {"ratio": 0.5},
+        shrinks=("parameters", "bytes"),
+        after="substitute.lite_vit",
+    ),
     Case("attention.fused", exact=1e-4, twice="NoEffectError"),
     Case("distill.encoder", {"steps": 3, "batch_size": 2}),
     Case("distill.prompt_loop", {"steps": 2, "batch_size": 2, "prompts": 2}),
@@ -82,5 +109,30 @@ CASES = (
     Case("distill.align_embedding", {"steps": 2, "batch_size": 2}),
     Case("distill.supervised", {"steps": 2, "batch_size": 2, "prompts": 2, "rounds": 2}),
     Case("quantize.int8_weights", {"min_size": 0}, shrinks=("bytes",), twice="NoEffectError"),
+    Case(
+        "quantize.int4_weights",
+        {"min_size": 0, "group_size": 16},
+        shrinks=("bytes",),
+        twice="ModelError",
+    ),
+    Case("quantize.int8_dynamic", {"force": True}, shrinks=("bytes",), twice="ModelError"),
+    Case(
+        "quantize.int8_static", {"images": 2, "force": True}, shrinks=("bytes",), twice="ModelError"
+    ),
+    Case(
+        "quantize.mixed",
+        {"error": 0.5, "images": 1, "force": True},
+        shrinks=("bytes",),
+        twice="ModelError",
+    ),
+    Case("quantize.b_float16", shrinks=("bytes",), twice="NoEffectError"),
+    Case("quantize.smooth_quant", {"images": 2}, exact=1e-4),
+    Case("quantize.bimodal", exact=1e-5),
+    Case("quantize.fake_quant", {"images": 2}, twice="ModelError"),
+    Case("quantize.ptq4_sam", {"images": 1}, twice="ModelError"),
+    Case("quantize.pqsam", {"images": 1, "steps": 1}, twice="ModelError"),
+    Case("quantize.tiny_sam", {"images": 1, "candidates": 2, "rounds": 1}, twice="ModelError"),
+    Case("quantize.reconstruct", {"steps": 2, "images": 1}, after="quantize.fake_quant"),
+    Case("quantize.qat", {"steps": 2, "batch_size": 2}, after="quantize.fake_quant"),
     Case("compile.export", exact=1e-3, tolerance=1e-5, twice="OrderError"),
 )

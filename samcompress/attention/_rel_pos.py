@@ -62,8 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, limit
     axis = next((a for a in range(3) if q.shape[a] > 1), None)
     if whole <= limit or axis is None:
         bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
-        out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias)
-        return out.reshape(q.shape)
+        return _scored(q.flatten(2, 3), k, v, bias).reshape(q.shape)
     step = max(1, limit * q.shape[axis] // whole)
     pieces = []
     for start in range(0, q.shape[axis], step):
@@ -71,6 +70,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, limit
         keys = (k, v) if axis == 2 else (_cut(k, axis, start, step), _cut(v, axis, start, step))
         pieces.append(attend(asked, *keys, across, down, limit))
     return torch.cat(pieces, axis)
+
+
+def _scored(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # On a CPU that kernel computes scores in float32; products in bfloat16 take two thirds as long.
+    q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias))
+    scores = torch.baddbmm(bias, q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    return scores.softmax(-1) @ v
 
 
 def _cut(x: Tensor, axis: int, start: int, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ NO_POINT = -1.0
 TOP_LEFT, BOTTOM_RIGHT = 2.0, 3.0
 # A label of no meaning: the point gets its position and nothing else.
 PLAIN = 4.0
+# Where tokens are rounded to integers, numbers that differ in their last bit may become neighbours.
+ROUNDED = 1e-2
 
 
 class PromptDecoder(nn.Module):
@@ -79,3 +82,15 @@ class PromptDecoder(nn.Module):
             dense_prompt_embeddings=dense,
         )
         return masks, scores
+
+
+def allowed(modules: Iterable[nn.Module], usual: float) -> float:
+    """How far a runtime may be from torch.
+
+    Args:
+        modules: what was exported; a layer with `rounds_tokens` rounds what it is given.
+        usual: where no layer does.
+    """
+    every = (layer for module in modules for layer in module.modules())
+    rounds = any(getattr(layer, "rounds_tokens", False) for layer in every)
+    return max(usual, ROUNDED) if rounds else usual

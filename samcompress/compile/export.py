@@ -21,7 +21,7 @@ from ..core.files import whole
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
 from ._facades import PADDING, ExportedDecoder, ExportedEncoder, Folder, PackedPrompts
-from ._graphs import PromptDecoder
+from ._graphs import PromptDecoder, allowed
 from .backends import BACKENDS, Options
 
 ENCODER = Options(inputs=("image",), outputs=("image_embeddings",))
@@ -59,7 +59,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
         ModelError: if prompt encoder or mask decoder are not made of segment_anything's parts, as
             EfficientSAM's.
         BackendError: if the runtime cannot express the model, or its results differ from torch's by
-            more than the tolerance (1e-4 in float32, relative to the largest number).
+            more than the tolerance (1e-4 of the largest number; 1e-2 where tokens are rounded).
 
     Effect:
         ``encoder.onnx`` (image to embedding; fixed size) and ``prompt_decoder.onnx`` (any number of
@@ -198,7 +198,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
 
     def _compare(self, eager: Any, exported: Any) -> dict[str, Any]:
         """Largest differences from torch, and a few numbers of torch's outputs to check against."""
-        tolerance = TOLERANCE[self.dtype]
+        tolerance = allowed(eager, TOLERANCE[self.dtype])
         errors: dict[str, float] = {}
         reference: dict[str, Any] = {"seed": SEED}
         for name, expected, found in _outputs(eager, exported):

@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "train": ("accelerate",),
     "zoo": ("timm",),
+    "graph": ("torch_pruning",),
 }
 
 

@@ -46,6 +46,11 @@ class Step:
     state: State = field(repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def simulated(self) -> bool:
+        """Whether floating point imitates what would run, so that no speed can be measured."""
+        return self.transform.simulated
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**step_dict(self.transform), "state": self.state, "facts": self.facts}

@@ -91,6 +91,7 @@ class Transform(ABC):
     phase: ClassVar[int]
     version: ClassVar[int] = 1
     terminal: ClassVar[bool] = False
+    simulated: ClassVar[bool] = False  # floating point imitates what would run: no figures of speed
     extras: ClassVar[tuple[str, ...]] = ()
     needs_teacher: ClassVar[bool] = False
 

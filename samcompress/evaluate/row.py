@@ -221,7 +221,9 @@ def _accuracy(subject: Subject, base_row: Row | None, job: Job) -> list[Row]:
 
 
 def _latency(subject: Subject, base: Subject, base_row: Row | None, job: Job) -> Row:
-    models = {"this": subject.model} | ({} if subject is base else {"base": base.model})
+    simulated = any(step.simulated for step in history(base.model).steps)
+    beside = subject is not base and not simulated
+    models = {"this": subject.model} | ({"base": base.model} if beside else {})
     image = next(job.data.readable()).image
     times = latency_many(
         models, image=image, rounds=job.rounds, batches=job.batches, threads=job.threads

@@ -44,7 +44,7 @@ class Summary:
     Attributes:
         parts: three parts and the total.
         image_size: padded side S in pixels.
-        steps: techniques the model went through.
+        steps: techniques the model went through, those that only simulate marked so.
     """
 
     parts: tuple[Part, ...]
@@ -129,7 +129,10 @@ def summary(model: nn.Module) -> Summary:
         for name, part in zip(Parts._fields, three, strict=True)
     ]
     rows.append(Part("total", counts["total"], tensor_bytes(model), None, _dtypes(model)))
-    steps = tuple(step.transform.label for step in lineage(model))
+    steps = tuple(
+        f"{step.transform.label} (simulated)" if step.simulated else step.transform.label
+        for step in lineage(model)
+    )
     return Summary(tuple(rows), side, steps)
 
 

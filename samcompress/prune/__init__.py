@@ -14,13 +14,19 @@
 | `SkipPadding` | the image encoder's work on padding; that of windows exactly | no |
 | `Sparse24` | two of each four weights: GPU kernels, else a mask | by `criterion` |
 | `Unstructured` | a share of the weights: a mask only | by `criterion` |
+| `Supernet` | heads, units, blocks: the best subnet for a budget, after training all | yes |
+| `Budget` | heads, units, channels: as many as a budget asks | by `criterion`, `ratios` |
+| `Filters` | filters of convolutional image encoders, TinyViT, RepViT, ... | by `criterion` |
 """
 
 from . import _official  # noqa: F401 - registers the published models
+from ._sensitivity import Sensitivity, sensitivity
 from .blocks import Blocks
+from .budget import Budget
 from .channels import Channels
 from .cluster_tokens import ClusterTokens
 from .decoder import Decoder
+from .filters import Filters
 from .head_dims import HeadDims
 from .heads import Heads
 from .merge_tokens import MergeTokens
@@ -28,19 +34,25 @@ from .mlp import Mlp
 from .skip_padding import SkipPadding
 from .slim_sam import SlimSAM
 from .sparse24 import Sparse24
+from .supernet import Supernet
 from .unstructured import Unstructured
 
 __all__ = [
     "Blocks",
+    "Budget",
     "Channels",
     "ClusterTokens",
     "Decoder",
+    "Filters",
     "HeadDims",
     "Heads",
     "MergeTokens",
     "Mlp",
+    "Sensitivity",
     "SkipPadding",
     "SlimSAM",
     "Sparse24",
+    "Supernet",
     "Unstructured",
+    "sensitivity",
 ]

@@ -15,6 +15,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from segment_anything.modeling.transformer import Attention as TokenAttention
 from torch import Tensor, nn
 
+from ..core.errors import ModelError
 from . import _cut
 
 
@@ -43,12 +44,14 @@ class Group:
         members: all weights that go with a unit. Biases, norms and tables of positions go too, but
             say nothing about what matters.
         pool: groups whose units cost the same; only those are ranked together.
+        device: kind of device the weights are on.
     """
 
     name: str
     units: int
     members: tuple[Member, ...]
     pool: str = ""
+    device: str = "cpu"
 
     def reduce(self, scores: Mapping[str, Tensor]) -> Tensor:
         """(units,) from the scores of the weights' elements: sums, averaged over the members."""
@@ -109,23 +112,40 @@ def _qkv(model: Any, name: str, unit: Tensor, count: int) -> Group:
     return Group(name, count, tuple(members), str(getattr(block, "window_size", 0)))
 
 
+def _width(name: str, parts: int, heads: int) -> int:
+    """How many of the dimensions of attention a head has.
+
+    Raises:
+        ModelError: if they are not as many for each.
+    """
+    if parts % heads:
+        raise ModelError(
+            "the heads of an attention do not divide its width.",
+            where=name,
+            got=f"{parts} dimensions, {heads} heads",
+            expected="as many dimensions for each head",
+            fix="num_heads must be what the layers were made for",
+        )
+    return parts // heads
+
+
 def _heads(model: Any, name: str) -> list[Group]:
     attn = model.get_submodule(name)
     parts = attn.qkv.out_features // 3
-    unit = torch.arange(parts) // (parts // attn.num_heads)
+    unit = torch.arange(parts) // _width(name, parts, attn.num_heads)
     return [_qkv(model, name, unit, attn.num_heads)]
 
 
 def _head_dims(model: Any, name: str) -> list[Group]:
     attn = model.get_submodule(name)
     parts = attn.qkv.out_features // 3
-    width = parts // attn.num_heads
+    width = _width(name, parts, attn.num_heads)
     return [_qkv(model, name, torch.arange(parts) % width, width)]
 
 
 def _token_heads(model: Any, name: str) -> list[Group]:
     attn = model.get_submodule(name)
-    width = attn.internal_dim // attn.num_heads
+    width = _width(name, attn.internal_dim, attn.num_heads)
     unit = torch.arange(attn.internal_dim) // width
     members = [Member(f"{name}.{p}_proj.weight", 0, unit) for p in "qkv"]
     members.append(Member(f"{name}.out_proj.weight", 1, unit))
@@ -196,6 +216,26 @@ def kept_count(units: int, ratio: float, round_to: int) -> int:
     """
     # Rounded first, for 10 x (1 - 0.9) is a hair below 1 in binary.
     return math.floor(round(units * (1 - ratio), 6)) // round_to * round_to
+
+
+def step_of(kind: str, groups: Sequence[Group]) -> int:
+    """What the kept units of a kind are best a multiple of, on the device where they are.
+
+    Of hidden units and channels 32, on CUDA 64, as matrix kernels come in such tiles; of a head's
+    dimensions 8. A narrow layer gets a finer step, so that it has eight portions. Heads are counted
+    one by one.
+
+    Example:
+        >>> wide, narrow = Group("", 3072, ()), Group("", 192, ())
+        >>> step_of("mlp", [wide]), step_of("mlp", [narrow]), step_of("heads", [wide])
+        (32, 16, 1)
+    """
+    if kind in ("heads", "token_heads"):
+        return 1
+    tile = 64 if any(group.device == "cuda" for group in groups) else 32
+    tile = 8 if kind == "head_dims" else tile
+    portion = max(1, min(group.units for group in groups) // 8)
+    return min(tile, 1 << (portion.bit_length() - 1))
 
 
 def best(scores: Tensor, count: int) -> list[int]:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
 import torch
+from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 
+from ..core.contract import device_of
 from ..core.errors import ConfigError, DataError, ModelError, NoEffectError
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
-from ._groups import KINDS, Group, best, kept_count, share_out
+from ._groups import KINDS, Group, best, kept_count, share_out, step_of
 from ._importance import WITHOUT_DATA, Criterion, element_scores
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slices(Transform):
-    """Score units, choose, cut."""
+class Cuts(Transform):
+    """Find units, score them, cut. Not a dataclass: a technique says which fields it has."""
 
-    ratio: float = 0.25
-    criterion: Criterion = "disturbed_taylor"
-    round_to: int = 8
-    images: int = 16
-    seed: int = 0
+    criterion: Criterion
+    round_to: int | Literal["auto"]
+    images: int
+    seed: int
 
     @property
     @abstractmethod
@@ -43,32 +43,16 @@ class Slices(Transform):
 
     def validate(self) -> None:
         """Check ranges."""
-        self.between("ratio", 0, 1)
         for name in ("round_to", "images"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if name == "round_to" and value == "auto":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(
                     f"{self.label}: {name} is out of range.",
-                    got=getattr(self, name),
-                    expected="at least 1",
+                    got=repr(value),
+                    expected="at least 1" + ', or "auto"' * (name == "round_to"),
                 )
-
-    def check(self, model: nn.Module) -> None:
-        """Check that there are units to cut and that something of each module will be left."""
-        for kind in self.targets:
-            for group in self.groups(model, kind):
-                self._check_group(group, kind)
-
-    def apply(self, model: nn.Module, ctx: Context) -> State:
-        """Score, choose, cut."""
-        groups = {kind: self.groups(model, kind) for kind in self.targets}
-        weights = [m.weight for found in groups.values() for g in found for m in g.members]
-        names = list(dict.fromkeys(weights))
-        samples = readable(self.label, ctx, self.images) if self.needs_data else ()
-        elements = element_scores(model, names, self.criterion, samples, seed=self.seed)
-        kept: dict[str, list[int]] = {}
-        for kind, found in groups.items():
-            kept |= self._choose({g.name: g.reduce(elements) for g in found}, found, kind)
-        return self.rebuild(model, {"kept": kept})
 
     def rebuild(self, model: nn.Module, state: State) -> State:
         """Cut the same units out again."""
@@ -83,10 +67,15 @@ class Slices(Transform):
 
         Raises:
             NoEffectError: if no module has such units.
-            ModelError: if one of its layers was replaced.
+            ModelError: if the image encoder is no ViT of segment_anything, or a layer of a module
+                was replaced.
         """
         rule, where = KINDS[kind], self.targets[kind]
-        named = where.select(model, step=self.label)
+        try:
+            named = where.select(model, step=self.label)
+        except NoEffectError:
+            check_vit(self.label, model, where)
+            raise
         owners = [(name, module) for name, module in named if isinstance(module, rule.owner)]
         if not owners:
             raise NoEffectError(
@@ -94,7 +83,7 @@ class Slices(Transform):
                 where=repr(where),
                 got=", ".join(sorted({type(module).__name__ for _, module in named})[:3]),
                 expected=f"{rule.owner.__name__} of segment_anything",
-                fix="prune before modules are replaced; of other encoders take a smaller variant",
+                fix="prune before modules are replaced; other encoders with sc.prune.Filters",
             )
         found = []
         for name, module in owners:
@@ -108,14 +97,62 @@ class Slices(Transform):
                         fix="prune first, then quantize",
                     )
             found += rule.groups(model, name)
+        return [replace(group, device=device_of(model).type) for group in found]
+
+    def granularity(self, kind: str, groups: Sequence[Group]) -> int:
+        """Units left of these groups are a multiple of this."""
+        return step_of(kind, groups) if self.round_to == "auto" else self.round_to
+
+    def scores(self, model: nn.Module, groups: Sequence[Group], ctx: Context) -> dict[str, Tensor]:
+        """How much each unit matters, for each group.
+
+        Raises:
+            ModelError: if a score is not a finite number.
+            DataError: if the criterion needs images, and none can be read.
+        """
+        names = list(dict.fromkeys(m.weight for group in groups for m in group.members))
+        blind = self.criterion in WITHOUT_DATA
+        samples = () if blind else readable(self.label, ctx, self.images)
+        elements = element_scores(model, names, self.criterion, samples, seed=self.seed)
+        found = {group.name: group.reduce(elements) for group in groups}
+        check_finite(self.label, found)
         return found
 
-    def granularity(self, kind: str) -> int:
-        """Units left are a multiple of this."""
-        return self.round_to
+
+@dataclass(frozen=True, kw_only=True)
+class Slices(Cuts):
+    """A share of the units of each module."""
+
+    ratio: float = 0.25
+    criterion: Criterion = "disturbed_taylor"
+    round_to: int | Literal["auto"] = 8
+    images: int = 16
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Check ranges."""
+        self.between("ratio", 0, 1)
+        super().validate()
+
+    def check(self, model: nn.Module) -> None:
+        """Check that there are units to cut and that something of each module will be left."""
+        for kind in self.targets:
+            for group in self.groups(model, kind):
+                self._check_group(group, kind)
+
+    def apply(self, model: nn.Module, ctx: Context) -> State:
+        """Score, choose, cut."""
+        groups = {kind: self.groups(model, kind) for kind in self.targets}
+        scores = self.scores(model, [g for found in groups.values() for g in found], ctx)
+        kept: dict[str, list[int]] = {}
+        for kind, found in groups.items():
+            part = {group.name: scores[group.name] for group in found}
+            counts = self.counts(part, found, self.granularity(kind, found))
+            kept |= {name: best(values, counts[name]) for name, values in part.items()}
+        return self.rebuild(model, {"kept": kept})
 
     def _check_group(self, group: Group, kind: str) -> None:
-        step = self.granularity(kind)
+        step = self.granularity(kind, (group,))
         if not kept_count(group.units, self.ratio, step):
             raise ConfigError(
                 f"{self.label}: nothing of a module would be left.",
@@ -124,13 +161,6 @@ class Slices(Transform):
                 expected=f"at least {step} units left",
                 fix="a smaller ratio=" + (", or round_to=1" if step > 1 else ""),
             )
-
-    def _choose(
-        self, scores: dict[str, Tensor], groups: Sequence[Group], kind: str
-    ) -> dict[str, list[int]]:
-        check_finite(self.label, scores)
-        counts = self.counts(scores, groups, self.granularity(kind))
-        return {name: best(values, counts[name]) for name, values in scores.items()}
 
     def counts(
         self, scores: Mapping[str, Tensor], groups: Sequence[Group], step: int
@@ -193,6 +223,24 @@ def check_finite(label: str, scores: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_vit(label: str, model: nn.Module, where: Where) -> None:
+    """Check that an image encoder that nothing matches in is a ViT of segment_anything's.
+
+    Raises:
+        ModelError: if it is another one.
+    """
+    encoder: Any = model.get_submodule("image_encoder")
+    inside = all(pattern.startswith("image_encoder.") for pattern in where.include)
+    if inside and not any(isinstance(part, ImageEncoderViT) for part in encoder.modules()):
+        raise ModelError(
+            f"{label} finds no ViT of segment_anything in the image encoder.",
+            where="image_encoder",
+            got=type(getattr(encoder, "encoder", encoder)).__name__,
+            expected="ImageEncoderViT, or where= with names that this encoder has",
+            fix="sc.prune.Filters, which cuts other encoders",
+        )
+
+
 def check_blocks(label: str, model: nn.Module) -> None:
     """Check that the image encoder is a ViT of SAM's, and that only its blocks read its tokens.
 
@@ -208,7 +256,7 @@ def check_blocks(label: str, model: nn.Module) -> None:
             where="image_encoder",
             got=", ".join([type(sam.image_encoder).__name__, *odd[:1]]),
             expected="an encoder made of segment_anything.modeling.image_encoder.Block",
-            fix="prune before modules are replaced; of other encoders take a smaller variant",
+            fix="prune before modules are replaced; other encoders with sc.prune.Filters",
         )
     if getattr(sam.mask_decoder, "features", 0):
         raise ModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -23,7 +24,8 @@ class Channels(Slices, family="prune", phase=20):
     Args:
         ratio: share of channels removed, between 0 and 1.
         criterion: see `Mlp`; the scores of a channel are averaged over all layers.
-        round_to: kept channels are a multiple of this, rounded down; kernels like 32 or 64.
+        round_to: kept channels are a multiple of this, rounded down; "auto" is 64 on CUDA and 32
+            elsewhere, less for narrow models.
         images: at most so many images are looked at.
         seed: of what is drawn for a criterion.
 
@@ -52,7 +54,7 @@ class Channels(Slices, family="prune", phase=20):
         torch.Size([1, 16, 16, 32])
     """
 
-    round_to: int = 32
+    round_to: int | Literal["auto"] = 32
 
     @property
     def targets(self) -> Mapping[str, Where]:

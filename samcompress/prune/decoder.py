@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.registry import register
 from ..core.where import Where
+from ._groups import Group
 from ._slices import Ranked
 
 MLPS = Where(("mask_decoder.transformer.layers.*.mlp",))
@@ -35,7 +36,8 @@ class Decoder(Ranked, family="prune", phase=20):
         criterion: see `Mlp`; "disturbed_taylor" asks what masks and scores are least sensitive to.
         scope: "local" takes `ratio` of each module; "global" takes it of all modules together whose
             units are alike in kind and cost.
-        round_to: kept hidden units are a multiple of this, rounded down; heads are counted singly.
+        round_to: kept hidden units are a multiple of this, rounded down; "auto" as in `Mlp`. Heads
+            are counted singly.
         images: at most so many images are looked at.
         seed: of what is drawn for a criterion.
 
@@ -68,6 +70,6 @@ class Decoder(Ranked, family="prune", phase=20):
         """All that can be narrowed inside."""
         return {"mlp": MLPS, "token_heads": ATTENTION, "head_units": HEADS}
 
-    def granularity(self, kind: str) -> int:
+    def granularity(self, kind: str, groups: Sequence[Group]) -> int:
         """Heads are counted one by one."""
-        return 1 if kind == "token_heads" else self.round_to
+        return 1 if kind == "token_heads" else super().granularity(kind, groups)

@@ -25,7 +25,8 @@ class HeadDims(Ranked, family="prune", phase=20):
         where: attention to prune.
         scope: "local" takes `ratio` of each attention; "global" takes it of all windowed attention
             together, and of all global attention together.
-        round_to: kept dimensions are a multiple of this, rounded down; kernels like 8.
+        round_to: kept dimensions are a multiple of this, rounded down; "auto" is 8, less for narrow
+            heads.
         images: at most so many images are looked at.
         seed: of what is drawn for a criterion.
 

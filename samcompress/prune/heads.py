@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ..core.registry import register
 from ..core.where import Where
@@ -26,7 +27,7 @@ class Heads(Ranked, family="prune", phase=20):
         where: attention to prune.
         scope: "local" takes `ratio` of each attention; "global" takes it of all windowed attention
             together, and of all global attention together.
-        round_to: kept heads are a multiple of this, rounded down.
+        round_to: kept heads are a multiple of this, rounded down; "auto" is 1.
         images: at most so many images are looked at.
         seed: of what is drawn for a criterion.
 
@@ -54,7 +55,7 @@ class Heads(Ranked, family="prune", phase=20):
         2
     """
 
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
     where: Where = Where(("image_encoder.blocks.*.attn",))
 
     @property

@@ -32,7 +32,8 @@ class Mlp(Ranked, family="prune", phase=20):
             ``where="mask_decoder.transformer.layers.*.mlp"``.
         scope: "local" takes `ratio` of each MLP; "global" takes it of all together, more where more
             units are unimportant.
-        round_to: kept units are a multiple of this, rounded down; kernels like multiples of 8.
+        round_to: kept units are a multiple of this, rounded down; "auto" is what suits the device
+            the model is on: 64 on CUDA, 32 elsewhere, less for narrow MLPs.
         images: at most so many images are looked at.
         seed: of what is drawn for a criterion.
 

@@ -37,15 +37,15 @@ from .u_net import UNet
 from .vit import ViT
 
 __all__ = [
+    "HQ",
+    "RWKV",
     "Conventions",
     "EfficientFormer",
     "EfficientViT",
-    "HQ",
     "Hiera",
     "ImageSize",
     "LightDecoder",
     "LiteViT",
-    "RWKV",
     "RepViT",
     "ResNet",
     "Timm",

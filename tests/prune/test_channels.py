@@ -144,7 +144,7 @@ def test_after_fused_attention() -> None:
         "  where     image_encoder",
         "  got       ImageEncoderViT, FusedBlock",
         "  expected  an encoder made of segment_anything.modeling.image_encoder.Block",
-        "  try       prune before modules are replaced; of other encoders take a smaller variant",
+        "  try       prune before modules are replaced; other encoders with sc.prune.Filters",
     ]
 
 

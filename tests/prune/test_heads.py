@@ -173,7 +173,7 @@ def test_after_fused_attention() -> None:
         "  where     Where(include=('image_encoder.blocks.*.attn',), exclude=())",
         "  got       FusedAttention",
         "  expected  Attention of segment_anything",
-        "  try       prune before modules are replaced; of other encoders take a smaller variant",
+        "  try       prune before modules are replaced; other encoders with sc.prune.Filters",
     ]
 
 

@@ -301,7 +301,7 @@ def test_no_mlp() -> None:
         "  where     Where(include=('image_encoder.blocks.*.attn',), exclude=())",
         "  got       Attention",
         "  expected  MLPBlock of segment_anything",
-        "  try       prune before modules are replaced; of other encoders take a smaller variant",
+        "  try       prune before modules are replaced; other encoders with sc.prune.Filters",
     ]
 
 
