@@ -79,7 +79,7 @@ def test_get_suggests_and_does_not_substitute() -> None:
 
 
 def test_list_takes_wildcards() -> None:
-    assert sc.list_transforms("quant*") == ["quantize.int8_weights"]
+    assert sc.list_transforms("quant*weights") == ["quantize.int4_weights", "quantize.int8_weights"]
     assert sc.list_transforms("none*") == []
 
 
