@@ -12,6 +12,9 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
+_MASK = os.umask(0)
+os.umask(_MASK)
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -27,6 +30,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _open_to_others(temporary)
         if temporary.is_dir() and path.exists():
             old = temporary.with_suffix(".old")
             path.rename(old)
@@ -48,6 +52,13 @@ def whole(path: Path) -> Iterator[Path]:
         else:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def _open_to_others(place: Path) -> None:
+    """Give files the mode of any new file: safetensors writes them for their owner alone."""
+    for file in [place, *place.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~_MASK)
 
 
 def write_whole(path: Path, content: bytes) -> None:

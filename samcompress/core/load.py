@@ -24,9 +24,10 @@ from .errors import CheckpointError, ConfigError, ModelError, closest
 from .history import describe
 
 # Models that ship with the package: the file beside this one, named like the architecture.
-SHIPPED = {"tiny": Path("tiny") / "model.safetensors"}
+SHIPPED = {name: Path(name) / "model.safetensors" for name in ("mini", "tiny")}
 # Licences of official weights, by file name or Hub id.
 LICENCES = {
+    "mini": "research and education only, as BSDS500, on which it was trained",
     "tiny": "Apache-2.0",
     "sam_vit_b_01ec64.pth": "Apache-2.0",
     "sam_vit_l_0b3195.pth": "Apache-2.0",
@@ -92,7 +93,7 @@ def load(
     Args:
         source: one of
 
-            - ``"tiny"``, the model that ships with the package;
+            - ``"mini"`` or ``"tiny"``, the models that ship with the package;
             - the name of a published model, one of `sc.list_models`: its official files are read
               from ``$SAMCOMPRESS_CACHE`` (by default ``~/.cache/samcompress/models``), and
               downloaded to there the first time;

@@ -160,3 +160,10 @@ def test_write_whole(tmp_path: Path) -> None:
         raise RuntimeError
     assert (tmp_path / "a" / "b.txt").read_bytes() == b"one"
     assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
+    sc.save(random_sam(), tmp_path / "model")
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "model").iterdir()} == {wanted}
