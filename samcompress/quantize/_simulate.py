@@ -148,8 +148,11 @@ class Simulated(Transform):
     def _fitted(self, model: nn.Module, places: list[Site], ctx: Context) -> dict[str, Quantizer]:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             fitters = {site: self.fitter(model, site) for site in places}
-            calibrate(model, _taps(fitters), ctx, images=self.images, prompts=self.prompts)
-            made = {site.name: fitter.quantizer() for site, fitter in fitters.items()}
+            reached: set[str] = set()
+            taps = _taps(fitters, reached)
+            calibrate(model, taps, ctx, images=self.images, prompts=self.prompts)
+            # Hiera's neck has a layer that no image passes: it has no inputs to round.
+            made = {s.name: fitter.quantizer() for s, fitter in fitters.items() if s.tap in reached}
             tensors = {
                 f"{n}.{key}": v for n, q in made.items() for key, v in q.state_dict().items()
             }
@@ -210,14 +213,15 @@ def _check_weights(label: str, model: nn.Module, layers: Mapping[str, int]) -> N
             )
 
 
-def _taps(fitters: Mapping[Site, Fitter]) -> dict[str, Tap]:
-    """One tap a module, which serves all its sites."""
+def _taps(fitters: Mapping[Site, Fitter], reached: set[str]) -> dict[str, Tap]:
+    """One tap a module, which serves all its sites and notes that it was reached."""
     by_tap: dict[str, list[Fitter]] = {}
     for site, fitter in fitters.items():
         by_tap.setdefault(site.tap, []).append(fitter)
 
     def together(name: str) -> Tap:
         def tap(*inputs: Tensor) -> None:
+            reached.add(name)
             for x in inputs:
                 finite(name, x)
             for fitter in by_tap[name]:

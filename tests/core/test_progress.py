@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from samcompress.core import _progress
@@ -18,7 +20,10 @@ def test_unknown_length() -> None:
     assert [event.total for event in events] == [None, None]
 
 
-def test_no_bar_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_off_a_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may be a notebook
     for mode in (True, False):
         assert list(Progress(mode, "x").track([1, 2])) == [1, 2]
     assert capfd.readouterr() == ("", "")
