@@ -348,8 +348,8 @@ def test_unknown_name_suggests(monkeypatch: pytest.MonkeyPatch) -> None:
         "there is no such model.\n"
         "  where     tyni\n"
         "  got       neither a name, nor a file, nor a folder\n"
-        "  expected  'tiny', a name of sc.list_models(), a file, a folder, or a Hub id\n"
-        "  try       tiny"
+        "  expected  'mini', 'tiny', a name of sc.list_models(), a file, a folder, or a Hub id\n"
+        "  try       tiny, mini"
     )
 
 
