@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.contract import embedding_shape
-from ..core.errors import ConfigError, NoEffectError
+from ..core.errors import ConfigError, ModelError, NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
@@ -106,6 +106,15 @@ class Windowed(Transform, family="attention", phase=30):
     def _plan(self, model: nn.Module) -> State:
         """Which blocks are converted, with what window, and which of them are shifted."""
         found = find(self.label, model, self.where, "global")
+        encoder: Any = model.get_submodule("image_encoder")
+        if not hasattr(encoder, "blocks"):
+            raise ModelError(
+                f"{self.label} cannot tell how many tokens a block of this encoder sees.",
+                where="image_encoder",
+                got=type(encoder).__name__,
+                expected="a plain ViT, whose blocks all see the map of the embedding",
+                fix="replace the attention otherwise, say attention.PooledKV()",
+            )
         names = found[: max(0, len(found) - self.keep)]
         if not names:
             raise NoEffectError(
@@ -114,7 +123,6 @@ class Windowed(Transform, family="attention", phase=30):
                 expected="a block to convert",
                 fix=f"keep={len(found) - 1}",
             )
-        encoder: Any = model.get_submodule("image_encoder")
         own = {getattr(block, "window_size", 0) for block in encoder.blocks}
         window = self.window or max(own) or DEFAULT_WINDOW
         _, *grid = embedding_shape(model)
