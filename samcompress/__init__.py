@@ -10,6 +10,7 @@ from .core.adapters import to_transformers
 from .core.build import ARCHITECTURES, SamConfig, build
 from .core.checkpoint import save
 from .core.data import Dataset, Sample, shapes
+from .core.everything import Everything, EverythingStats, Segments, samplers
 from .core.history import Step, lineage
 from .core.load import load
 from .core.models import list_models, model_info
@@ -28,11 +29,14 @@ __all__ = [
     "Context",
     "Dataset",
     "Embedding",
+    "Everything",
+    "EverythingStats",
     "Pipeline",
     "Prediction",
     "Prompt",
     "SamConfig",
     "Sample",
+    "Segments",
     "Step",
     "Transform",
     "Where",
@@ -54,6 +58,7 @@ __all__ = [
     "prune",
     "quantize",
     "register",
+    "samplers",
     "save",
     "shapes",
     "substitute",

@@ -114,6 +114,7 @@ CASES = (
     Case("distill.align_bottleneck", {"steps": 2, "batch_size": 2}),
     Case("distill.align_embedding", {"steps": 2, "batch_size": 2}),
     Case("distill.supervised", {"steps": 2, "batch_size": 2, "prompts": 2, "rounds": 2}),
+    Case("distill.heat_head", {"steps": 2, "batch_size": 2}, twice="NoEffectError"),
     Case("quantize.int8_weights", {"min_size": 0}, shrinks=("bytes",), twice="NoEffectError"),
     Case(
         "quantize.int4_weights",
@@ -141,4 +142,5 @@ CASES = (
     Case("quantize.reconstruct", {"steps": 2, "images": 1}, after="quantize.fake_quant"),
     Case("quantize.qat", {"steps": 2, "batch_size": 2}, after="quantize.fake_quant"),
     Case("compile.export", exact=1e-3, tolerance=1e-5, twice="OrderError"),
+    Case("compile.torch", exact=1e-4, tolerance=1e-5, twice="OrderError"),
 )

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Compiling takes minutes; tests of the compiler switch it on. Read when torch is imported.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
 import torch
 
 import samcompress as sc

@@ -8,8 +8,8 @@ scenes are drawn, for trying the script and for models that know no photographs.
 starts from the same weights, learns by `Encoder` for as many steps on the same images, and is
 judged on images that none has seen; the model it came from is its teacher. Encoders take turns when
 they are timed, and all of them are fused, but for the first row. Each row is written to WORK when
-it is measured, and an interrupted run goes on there. Writes ``attention_MODEL.md`` and ``.json``
-beside this script, or at ``--out``.
+it is measured, with an estimate of what is left; an interrupted run goes on there. Writes
+``attention_MODEL.md`` and ``.json`` beside this script, or at ``--out``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import Rows, accuracies, plain
 
 import samcompress as sc
+from samcompress.core.checkpoint import fingerprint
 from samcompress.core.files import write_whole
 from samcompress.core.predict import preprocess
 from samcompress.evaluate.devices import device
@@ -68,12 +70,11 @@ def images(args: argparse.Namespace) -> tuple[Any, Any]:
     return photos, sc.data.open(f"{args.data}/coco@val2017")[: args.images]
 
 
-def judged(model: Any, held_out: Any, whole: dict[str, Any] | None = None) -> dict[str, Any]:
-    """MIoU for each kind of prompt; against those of the base if they are given."""
+def judged(results: Any, whole: Any) -> dict[str, Any]:
+    """MIoU for each kind of prompt, against that of the base."""
     found: dict[str, Any] = {}
-    results = sc.evaluate.accuracies(model, held_out, PROMPTS)
-    for prompt, result in zip(PROMPTS, results, strict=True):
-        pair = result.against(whole[prompt] if whole else result)
+    for prompt, result, base in zip(PROMPTS, results, whole, strict=True):
+        pair = result.against(base)
         found[prompt] = {"miou": result.miou, "delta": pair.delta, "ci": list(pair.ci)}
     return found
 
@@ -101,31 +102,45 @@ def encoding(model: Any) -> Callable[[], Any]:
 def measured(base: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows but their times."""
     photos, held_out = images(args)
-    results = sc.evaluate.accuracies(base, held_out, PROMPTS)
-    whole = dict(zip(PROMPTS, results, strict=True))
-    same = judged(base, held_out)
-    plain = {"macs": sc.evaluate.macs(base).to_dict(), "change": 0.0, "before": same, "after": same}
-    rows = [{"name": EAGER, "recipe": None, **plain}]
+    techniques = steps(grid_of(base))
+    kept = Rows(
+        args.work,
+        {EAGER: "base"} | dict.fromkeys(techniques, "technique"),
+        weights=fingerprint(base),
+        judged=held_out.fingerprint,
+        learned=photos.fingerprint,
+        steps=args.steps,
+        lr=args.lr,
+    )
+    whole = accuracies(
+        kept.get(EAGER, lambda: plain(sc.evaluate.accuracies(base, held_out, PROMPTS)))
+    )
+    same = judged(whole, whole)
+    same = {"macs": sc.evaluate.macs(base).to_dict(), "change": 0.0, "before": same, "after": same}
+    rows = [{"name": EAGER, "recipe": None, **same}]
     fused = sc.attention.Fused()
     macs = sc.evaluate.macs(fused(base, progress=False)).to_dict()
-    rows.append({"name": FUSED, "recipe": sc.Pipeline([fused]).to_dict(), **plain, "macs": macs})
+    rows.append({"name": FUSED, "recipe": sc.Pipeline([fused]).to_dict(), **same, "macs": macs})
     learn = sc.distill.Encoder(steps=args.steps, batch_size=4, lr=args.lr)
-    for name, step in steps(grid_of(base)).items():
-        path = args.work / f"{args.model}-{args.steps}-{name.replace(' ', '_')}.json"
-        if not path.exists():
-            small = step(base, progress=False)
-            row = {
-                "name": name,
-                "recipe": step.to_dict(),
-                "macs": sc.evaluate.macs(shipped(base, step)).to_dict(),
-                "change": change(small, base, held_out),
-                "before": judged(small, held_out, whole),
-            }
-            taught = learn(small, teacher=base, data=photos, workdir=args.work, progress=False)
-            row["after"] = judged(taught, held_out, whole)
-            write_whole(path, json.dumps(row).encode())
-            print(name, row["before"]["box"], row["after"]["box"], flush=True)
-        rows.append(json.loads(path.read_text()))
+
+    def row(name: str, step: sc.Pipeline) -> dict[str, Any]:
+        small = step(base, progress=False)
+        taught = learn(small, teacher=base, data=photos, workdir=args.work, progress=False)
+        before, after = (
+            judged(sc.evaluate.accuracies(model, held_out, PROMPTS), whole)
+            for model in (small, taught)
+        )
+        return {
+            "name": name,
+            "recipe": step.to_dict(),
+            "macs": sc.evaluate.macs(shipped(base, step)).to_dict(),
+            "change": change(small, base, held_out),
+            "before": before,
+            "after": after,
+        }
+
+    for name, step in techniques.items():
+        rows.append(kept.get(name, lambda name=name, step=step: row(name, step)))
     return rows
 
 
@@ -154,7 +169,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="path without ending")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
     base = sc.load(args.model)
     rows = measured(base, args)
     models = {EAGER: base, FUSED: sc.attention.Fused()(base, progress=False)}

@@ -6,34 +6,37 @@ DATA holds ``coco/train2017`` and ``coco/val2017`` with annotations. Heads and h
 image encoder are cut by `Budget`, an equal share of each; what is left learns by `Encoder` for a
 few steps, the same for all. Masks are judged on images that neither `mini` nor the recovery has
 seen. Criteria that draw numbers, and every recovery, run with several seeds. Each row is written to
-WORK when it is measured, and an interrupted run goes on there. Writes ``prune_mini.md``, ``.json``
-and, in ``docs/images``, ``prune_mini.png``.
+WORK when it is measured, with an estimate of what is left; an interrupted run goes on there. Writes
+``prune_MODEL.md`` and ``.json`` beside this script and ``prune_MODEL.png`` in ``docs/images``, or
+all of them at ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import Rows, accuracies, plain
 
 import samcompress as sc
+from samcompress.core.checkpoint import fingerprint
 from samcompress.core.files import write_whole
 
-HERE = Path(__file__).with_suffix("")
-FIGURE = HERE.parents[1] / "images" / "prune_mini.png"
+HERE = Path(__file__).parent
 CRITERIA = ("magnitude", "activation", "taylor", "disturbed_taylor", "random")
 PROMPTS = ("box", "point")
 
 
-def row(sam: Any, teacher: Any, data: Any, **what: Any) -> dict[str, Any]:
-    """What a model is worth."""
+def row(sam: Any, results: Any, whole: Any, **what: Any) -> dict[str, Any]:
+    """What a model is worth by its results, and against those of the whole one."""
     found: dict[str, Any] = {**what, "gmacs": sc.evaluate.macs(sam).encoder / 1e9}
-    for prompt, result in zip(PROMPTS, sc.evaluate.accuracies(sam, data, PROMPTS), strict=True):
-        pair = result.against(teacher[prompt])
+    for prompt, result, base in zip(PROMPTS, results, whole, strict=True):
+        pair = result.against(base)
         found[prompt] = {"miou": result.miou, "delta": pair.delta, "ci": list(pair.ci)}
     return found
 
@@ -50,22 +53,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--images", type=int, default=None, help="fewer images to judge on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="path without ending")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
     base = sc.load(args.model)
     photos = sc.data.open(f"{args.data}/coco@train2017")
     held_out = sc.data.open(f"{args.data}/coco@val2017")[: args.images]
-    whole = dict(zip(PROMPTS, sc.evaluate.accuracies(base, held_out, PROMPTS), strict=True))
-    rows = [row(base, whole, held_out, criterion="none", ratio=0.0, seed=0, steps=0)]
-    for criterion in args.criteria:
-        for ratio in args.ratios:
-            for seed in range(args.seeds):
-                place = args.work / f"{criterion}-{ratio}-{seed}-{args.steps}.json"
-                if not place.exists():
-                    found = measured(base, whole, photos, held_out, criterion, ratio, seed, args)
-                    write_whole(place, json.dumps(found).encode())
-                rows += json.loads(place.read_text())
+    todo = {
+        f"{criterion} {ratio} {seed}": (criterion, ratio, seed)
+        for criterion, ratio, seed in itertools.product(
+            args.criteria, args.ratios, range(args.seeds)
+        )
+    }
+    kept = Rows(
+        args.work,
+        {"whole": "whole"} | {name: str(what[1]) for name, what in todo.items()},
+        weights=fingerprint(base),
+        judged=held_out.fingerprint,
+        learned=photos.fingerprint,
+        steps=args.steps,
+    )
+    found = kept.get("whole", lambda: plain(sc.evaluate.accuracies(base, held_out, PROMPTS)))
+    whole = accuracies(found)
+    rows = [row(base, whole, whole, criterion="none", ratio=0.0, seed=0, steps=0)]
+    for name, what in todo.items():
+        rows += kept.get(
+            name, lambda what=what: measured(base, whole, photos, held_out, what, args)
+        )
     doc = {
         "model": args.model,
         "data": held_out.name,
@@ -74,23 +88,23 @@ def main() -> None:
         "environment": sc.evaluate.environment(),
         "rows": rows,
     }
-    write_whole(HERE.with_suffix(".json"), (json.dumps(doc, indent=1) + "\n").encode())
-    write_whole(HERE.with_suffix(".md"), page(doc).encode())
-    draw(rows)
+    out = args.out or HERE / f"prune_{args.model}"
+    write_whole(out.with_suffix(".json"), (json.dumps(doc, indent=1) + "\n").encode())
+    write_whole(out.with_suffix(".md"), page(doc).encode())
+    draw(rows, args.out or HERE.parent / "images" / f"prune_{args.model}")
     print(page(doc))
 
 
 def measured(
     base: Any,
-    whole: dict[str, Any],
+    whole: Any,
     photos: Any,
     held_out: Any,
-    criterion: str,
-    ratio: float,
-    seed: int,
+    what: tuple[str, float, int],
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """The row of a pruned model, and that of it recovered."""
+    criterion, ratio, seed = what
     cut = sc.prune.Budget(
         budget=f"macs<={1 - ratio:.0%}",
         ratios="equal",
@@ -102,10 +116,17 @@ def measured(
     cut = cut(base, data=photos.subset(32, seed=seed), progress=False)
     learn = sc.distill.Encoder(steps=args.steps, batch_size=4, lr=5e-4, precision="bf16", seed=seed)
     again = learn(cut, teacher=base, data=photos, workdir=args.work, progress=False)
-    what = {"criterion": criterion, "ratio": ratio, "seed": seed}
     return [
-        row(cut, whole, held_out, **what, steps=0),
-        row(again, whole, held_out, **what, steps=args.steps),
+        row(
+            model,
+            sc.evaluate.accuracies(model, held_out, PROMPTS),
+            whole,
+            criterion=criterion,
+            ratio=ratio,
+            seed=seed,
+            steps=steps,
+        )
+        for model, steps in ((cut, 0), (again, args.steps))
     ]
 
 
@@ -142,7 +163,7 @@ def page(doc: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
+def draw(rows: list[dict[str, Any]], place: Path) -> None:
     """Box mIoU against MACs, before and after recovery."""
     import matplotlib.pyplot as plt
 
@@ -162,8 +183,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         ax.set(title="recovered" if recovered else "cut", xlabel="GMAC of the encoder")
     axes[0].set_ylabel("box mIoU")
     axes[0].legend()
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=130)
+    figure.savefig(place.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":

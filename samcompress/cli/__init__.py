@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 an error of ours (one message), 2 wrong usage, 130 interru
 
 from __future__ import annotations
 
-from . import verbs  # noqa: F401 - registers them
+from . import (
+    search,  # noqa: F401
+    verbs,  # noqa: F401 - registers them, in the order of --help
+)
 from ._app import app, main
 from ._shared import named
 

@@ -113,7 +113,9 @@ def write_report(
         names = {worst.name for worst in report.worst(6, device=device)}
         base = report.base(device)
         names |= {base["name"]} if base and names else set()
-        report.html(html, data=data, models={name: load(sources[name]) for name in names})
+        # A model on another runtime is not loaded again to be drawn.
+        drawn = {name: load(sources[name]) for name in names if name in sources}
+        report.html(html, data=data, models=drawn)
         say(f"report: {html}")
     if picture is not None:
         write_whole(picture, png(report.pareto(device=device)))

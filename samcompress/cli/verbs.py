@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -119,12 +120,22 @@ app.command()(train)
 def bench(
     models: Models,
     data: Annotated[str, typer.Option(help="As for apply.")],
-    device: Annotated[str, typer.Option(help="One or several: cpu,cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="One or several: cpu,cuda,mps,edge-tpu.")] = "cpu",
     prompts: Annotated[str, typer.Option(help="box, point, clicks-3, random-3, ...")] = "box,point",
     limit: Limit = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few timed calls, no memory.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Exactly N timed calls.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for times.", min=1)] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Time in N new processes, at least 5, for intervals.", min=1)
+    ] = None,
+    backends: Annotated[
+        str | None, typer.Option(help="Also exported: onnxruntime,openvino:int8; or all.")
+    ] = None,
+    energy: Annotated[bool, typer.Option("--energy", help="Joules of an image.")] = False,
+    on: Annotated[
+        str | None, typer.Option(help="Another machine: ssh:me@pi, or 'cmd:COMMAND'.")
+    ] = None,
     to_json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the Pareto picture (PNG).")] = None,
@@ -137,14 +148,19 @@ def bench(
     """
     sources, samples = named(models), opened(data, limit)
     file = None if to_json in (None, "-") else to_json
+    often = sc.evaluate.Rounds.quick() if quick else sc.evaluate.Rounds()
+    often = sc.evaluate.Rounds.exactly(rounds) if rounds else often
     try:
         report = sc.evaluate.benchmark(
             {name: source_of(source) for name, source in sources.items()},
             samples,
             prompts=prompts.split(","),
             devices=device.split(","),
-            rounds=rounds or (sc.evaluate.Rounds.quick() if quick else None),
+            rounds=replace(often, processes=processes or 1),
             memory=not quick,
+            energy=energy,
+            backends=backends.split(",") if backends else (),
+            on=on,
             threads=threads,
             out=file,
         )
@@ -174,14 +190,20 @@ def export(
     model: Annotated[str, typer.Argument(help="As --model of apply.")],
     to: Annotated[Path, typer.Option(help="Folder for the exported model.")],
     backend: Annotated[str, typer.Option(help="The runtime.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="Of the image encoder.")] = "float32",
+    data: Data = None,
 ) -> None:
     """Export both halves, reload them, compare them with PyTorch.
 
     Python: sc.save(sc.compile.Export(backend=backend)(sc.load(model)), to)
     """
-    exported = sc.get("compile.export", backend=backend)(load(model))
+    step = sc.get("compile.export", backend=backend, precision=precision)
+    exported = step(load(model), data=opened(data))
     sc.save(exported, to)
     state = sc.lineage(exported)[-1].state
+    if state.get("unchecked"):
+        print(f"exported to {to}; not compared with PyTorch: {state['unchecked']}")
+        return
     errors = ", ".join(f"{name} {value:.2g}" for name, value in state["errors"].items())
     print(f"exported to {to}, reloaded and compared with PyTorch")
     print(f"largest relative difference: {errors} (allowed: {state['tolerance']:.2g})")

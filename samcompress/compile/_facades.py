@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..core._shapes import expect
 from ..core.errors import BackendError
-from ._graphs import BOTTOM_RIGHT, NO_POINT, PLAIN, TOP_LEFT
-from .backends import BACKENDS, Run
+from ..core.files import sha256
+from ._graphs import BOTTOM_RIGHT, DECODER, ENCODER, NO_POINT, PLAIN, TOP_LEFT, Buckets
+from .backends import BACKENDS, Opened
 
 # Padding points that segment_anything adds to nothing, points, a box, and both.
 PADDING = (0, 1, 0, 0)
@@ -36,21 +37,30 @@ class Folder:
 
 
 class Exported(nn.Module):
-    """Runs one exported graph; its file is opened at the first call.
+    """Runs exported graphs; each is opened at its first call.
 
     Args:
         backend: name of the runtime.
-        files: names of the graph's files, the main one first.
+        files: names of the graphs' files, of each graph the main one first.
+        hashes: SHA-256 of files, by name; a file of another one is not run.
 
     Attributes:
         artifacts: file name to where the file is.
     """
 
-    def __init__(self, backend: str, files: Sequence[str]) -> None:
+    def __init__(
+        self, backend: str, files: Sequence[str], hashes: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.files = tuple(files)
+        self.hashes = dict(hashes or {})
         self.bind(Path())
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Kinds of device it computes on."""
+        return BACKENDS[self.backend].devices
 
     @property
     def artifacts(self) -> dict[str, Path]:
@@ -66,30 +76,46 @@ class Exported(nn.Module):
         """
         self.folder = Path(folder)
         self.keep = keep
-        self.opened: tuple[int, Run] | None = None
+        self.opened: dict[tuple[str, int], Opened] = {}
 
-    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the graph with as many threads as torch uses; results are on the CPU.
+    def graph(self, stem: str) -> Opened:
+        """A graph by its file's name without suffix, with as many threads as torch uses.
 
         Raises:
-            BackendError: if the file is gone or cannot be run.
+            BackendError: if its files are gone, were changed, or cannot be read.
         """
-        threads = torch.get_num_threads()
-        if self.opened is None or self.opened[0] != threads:
-            path = self.folder / self.files[0]
-            if not path.is_file():
-                raise BackendError(
-                    "a file of an exported model is gone.",
-                    where=str(path.absolute()),
-                    fix="sc.save(model, folder) keeps a model, sc.load(folder) opens it",
-                )
-            self.opened = None
+        key = stem, torch.get_num_threads()
+        if key not in self.opened:
+            # One number of threads at a time: an open graph holds all its weights.
+            self.opened = {k: v for k, v in self.opened.items() if k[1] == key[1]}
+            names = [name for name in self.files if name.partition(".")[0] == stem]
+            for name in names:
+                self._check(name)
             runtime = BACKENDS[self.backend]
-            self.opened = threads, runtime.load(path, device="cpu", threads=threads)
-        return self.opened[1](*(tensor.float() for tensor in inputs))
+            self.opened[key] = runtime.open(
+                self.folder / names[0], device=runtime.devices[0], threads=key[1]
+            )
+        return self.opened[key]
+
+    def _check(self, name: str) -> None:
+        path = self.folder / name
+        if not path.exists():
+            raise BackendError(
+                "a file of an exported model is gone.",
+                where=str(path.absolute()),
+                fix="sc.save(model, folder) keeps a model, sc.load(folder) opens it",
+            )
+        if name in self.hashes and sha256(path) != self.hashes[name]:
+            raise BackendError(
+                "a file of an exported model was changed.",
+                where=str(path.absolute()),
+                got="another SHA-256",
+                expected=self.hashes[name],
+                fix="export the model again",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": None}
+        return {**self.__dict__, "opened": {}}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -99,8 +125,14 @@ class Exported(nn.Module):
 class ExportedEncoder(Exported):
     """The image encoder over an exported graph for one image."""
 
-    def __init__(self, backend: str, files: Sequence[str], img_size: int) -> None:
-        super().__init__(backend, files)
+    def __init__(
+        self,
+        backend: str,
+        files: Sequence[str],
+        img_size: int,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(backend, files, hashes)
         self.img_size = img_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +142,8 @@ class ExportedEncoder(Exported):
             ShapeError: if S is not the size that was exported.
         """
         expect(x, "B 3 S S", name="image", S=self.img_size)
-        return torch.cat([self.run(image[None])[0] for image in x]).to(x.device)
+        graph = self.graph(ENCODER)
+        return torch.cat([graph(image[None].float())[0] for image in x]).to(x.device)
 
 
 class PackedPrompts(nn.Module):
@@ -181,15 +214,24 @@ class PackedPrompts(nn.Module):
 
 
 class ExportedDecoder(Exported):
-    """Prompt encoder and mask decoder over one exported graph.
+    """Prompt encoder and mask decoder over exported graphs.
 
     Attributes:
         features: channels of the embedding beyond those of the prompts.
+        sizes: prompts and points of the graphs; None if one graph takes any number.
     """
 
-    def __init__(self, backend: str, files: Sequence[str], features: int = 0) -> None:
-        super().__init__(backend, files)
+    def __init__(
+        self,
+        backend: str,
+        files: Sequence[str],
+        features: int = 0,
+        sizes: Buckets | None = None,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(backend, files, hashes)
         self.features = features
+        self.sizes = sizes
 
     def forward(
         self,
@@ -212,21 +254,40 @@ class ExportedDecoder(Exported):
             (P, M, 4h, 4w) logits and (P, M) scores, float32.
 
         Raises:
-            ShapeError: if there is not exactly one image, or prompts come from another encoder.
+            ShapeError: if there is not exactly one image, prompts come from another encoder, or
+                have more points than the graphs take.
         """
         expect(image_embeddings, "1 C h w", name="image_embeddings")
-        points = sparse_prompt_embeddings
+        points = sparse_prompt_embeddings.float()
         count = expect(points, "P N 3", name="sparse_prompt_embeddings")["P"]
-        masks = dense_prompt_embeddings
+        masks = dense_prompt_embeddings.float()
         has_mask = masks.shape[1] > 0
         masks = masks if has_mask else masks.new_zeros(count, 1, *masks.shape[2:])
-        logits, scores = self.run(
-            image_embeddings,
-            points[..., :2],
-            points[..., 2],
-            masks.expand(count, -1, -1, -1),
-            torch.tensor([float(has_mask)]),
-        )
+        masks = masks.expand(count, -1, -1, -1)
+        image, switch = image_embeddings.float(), torch.tensor([float(has_mask)])
+        most = max(count, 1) if self.sizes is None else self.sizes.prompts[-1]
+        pieces = [
+            self._decode(image, *prompts, switch)
+            for prompts in zip(torch.split(points, most), torch.split(masks, most), strict=True)
+        ]
+        logits, scores = (torch.cat(both) for both in zip(*pieces, strict=True))
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         device = image_embeddings.device
         return logits[:, chosen].to(device), scores[:, chosen].to(device)
+
+    def _decode(self, image: Tensor, points: Tensor, masks: Tensor, switch: Tensor) -> Any:
+        count, stem = len(points), DECODER
+        if self.sizes is not None:
+            prompts, n = self.sizes.fit(count, points.shape[1])
+            stem = self.sizes.stem(prompts, n)
+            blank = points.new_tensor([0, 0, NO_POINT])
+            blank = blank.expand(count, n - points.shape[1], 3)
+            points = _filled(torch.cat([points, blank], 1), prompts)
+            masks = _filled(masks, prompts)
+        found = self.graph(stem)(image, points[..., :2], points[..., 2], masks, switch)
+        return [t[:count] for t in found]
+
+
+def _filled(x: Tensor, count: int) -> Tensor:
+    """(n, ...) to (count, ...) with zeros; prompts do not see one another."""
+    return torch.cat([x, x.new_zeros(count - len(x), *x.shape[1:])])

@@ -1,19 +1,129 @@
-"""Prompt encoder and mask decoder as one graph."""
+"""The graphs that a SAM is cut into: image encoder, and prompt encoder with mask decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ShapeError
+from .backends import Options, Sample
+
+# Names of files without suffix; a decoder of one size has its size behind it.
+ENCODER, DECODER = "encoder", "prompt_decoder"
+IMAGE = Options(inputs=("image",), outputs=("image_embeddings",))
+PROMPTS = Options(
+    inputs=("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input"),
+    outputs=("masks", "iou"),
+    dynamic={
+        "point_coords": {0: "prompts", 1: "points"},
+        "point_labels": {0: "prompts", 1: "points"},
+        "mask_input": {0: "prompts"},
+    },
+)
 NO_POINT = -1.0
 TOP_LEFT, BOTTOM_RIGHT = 2.0, 3.0
 # A label of no meaning: the point gets its position and nothing else.
 PLAIN = 4.0
 # Where tokens are rounded to integers, numbers that differ in their last bit may become neighbours.
 ROUNDED = 1e-2
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes of the decoder's graphs, for runtimes that fix them.
+
+    Attributes:
+        prompts: prompts at a time, rising; more are cut, fewer filled up, which changes nothing.
+        points: points of a prompt, padding and corners of a box included, rising. Fewer are filled
+            up with points of no meaning: further tokens, which do change masks a little.
+    """
+
+    prompts: tuple[int, ...]
+    points: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return itertools.product(self.prompts, self.points)
+
+    def stem(self, prompts: int, points: int) -> str:
+        """Name of the file of a size, without suffix."""
+        return f"{DECODER}_{prompts}x{points}"
+
+    def fit(self, prompts: int, points: int) -> tuple[int, int]:
+        """The smallest size for so many.
+
+        Raises:
+            ShapeError: if there is none.
+        """
+        for name, got, sizes in (
+            ("prompts", prompts, self.prompts),
+            ("points", points, self.points),
+        ):
+            if got > sizes[-1]:
+                raise ShapeError(
+                    f"there are more {name} than the exported graphs take.",
+                    got=f"{got}, padding and corners of boxes included",
+                    expected=f"at most {sizes[-1]}",
+                    fix=f"sc.compile.Export({name}=(..., {got}))",
+                )
+        return tuple(  # type: ignore[return-value]
+            next(size for size in sizes if size >= got)
+            for got, sizes in ((prompts, self.prompts), (points, self.points))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """What one file computes.
+
+    Attributes:
+        stem: name of the file without suffix.
+        module: computes it in torch.
+        example: inputs.
+        options: their names, and which sizes are free.
+    """
+
+    stem: str
+    module: nn.Module
+    example: Sample
+    options: Options
+
+
+def graphs(eager: Any, buckets: Buckets | None) -> list[Graph]:
+    """The encoder, and the decoder of any size or of each size; `eager` are the parts."""
+    encoder, prompts, decoder = eager
+    side, (h, w) = encoder.img_size, prompts.image_embedding_size
+    channels = prompts.embed_dim + getattr(decoder, "features", 0)
+    module = PromptDecoder(prompts, decoder).eval()
+    # Where sizes are free, two prompts of three points: sizes of 1 would be taken as fixed.
+    sizes = (
+        {DECODER: (2, 3)} if buckets is None else {buckets.stem(*size): size for size in buckets}
+    )
+    fixed = Options(inputs=PROMPTS.inputs, outputs=PROMPTS.outputs)
+    return [
+        Graph(
+            stem=ENCODER, module=encoder, example=(torch.zeros(1, 3, side, side),), options=IMAGE
+        ),
+        *(
+            Graph(
+                stem=stem,
+                module=module,
+                example=(
+                    torch.zeros(1, channels, h, w),
+                    torch.zeros(count, n, 2),
+                    torch.ones(count, n),
+                    torch.zeros(count, 1, 4 * h, 4 * w),
+                    torch.zeros(1),
+                ),
+                options=PROMPTS if buckets is None else fixed,
+            )
+            for stem, (count, n) in sizes.items()
+        ),
+    ]
 
 
 class PromptDecoder(nn.Module):
@@ -84,13 +194,17 @@ class PromptDecoder(nn.Module):
         return masks, scores
 
 
+def rounding(modules: Iterable[nn.Module]) -> str | None:
+    """Kind of the first layer that rounds what it is given to integers; None if there is none."""
+    every = (layer for module in modules for layer in module.modules())
+    return next((type(m).__name__ for m in every if getattr(m, "rounds_tokens", False)), None)
+
+
 def allowed(modules: Iterable[nn.Module], usual: float) -> float:
     """How far a runtime may be from torch.
 
     Args:
-        modules: what was exported; a layer with `rounds_tokens` rounds what it is given.
-        usual: where no layer does.
+        modules: what was exported.
+        usual: where no layer rounds tokens.
     """
-    every = (layer for module in modules for layer in module.modules())
-    rounds = any(getattr(layer, "rounds_tokens", False) for layer in every)
-    return max(usual, ROUNDED) if rounds else usual
+    return max(usual, ROUNDED) if rounding(modules) else usual

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..core._require import EXTRAS
 from ..core.checkpoint import fingerprint
 from ..core.contract import device_of, parts
-from ..core.errors import BackendError, ModelError
-from ..core.files import whole
+from ..core.errors import ConfigError, DataError, ModelError, closest
+from ..core.files import sha256, whole
+from ..core.framing import framing_of
+from ..core.predict import preprocess
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
-from ._facades import PADDING, ExportedDecoder, ExportedEncoder, Folder, PackedPrompts
-from ._graphs import PromptDecoder, allowed
-from .backends import BACKENDS, Options
+from ._compare import TOLERANCE, compare
+from ._facades import ExportedDecoder, ExportedEncoder, Folder, PackedPrompts
+from ._graphs import DECODER, ENCODER, Buckets, Graph, allowed, graphs, rounding
+from ._manifest import MANIFEST, REFERENCE, Drawn, write_manifest, write_reference
+from .backends import BACKENDS, Backend, Sample
 
-ENCODER = Options(inputs=("image",), outputs=("image_embeddings",))
-DECODER = Options(
-    inputs=("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input"),
-    outputs=("masks", "iou"),
-    dynamic={
-        "point_coords": {0: "prompts", 1: "points"},
-        "point_labels": {0: "prompts", 1: "points"},
-        "mask_input": {0: "prompts"},
-    },
-)
-# Largest difference from torch, over the largest number of torch's output where that is above 1.
-TOLERANCE = {"float32": 1e-4}
-# What is compared: prompts, points a prompt, box, mask.
-COMPARED = ((1, 1, False, False), (5, 3, False, False), (3, 0, True, False), (2, 2, True, True))
-SEED = 0
+# What the graph of the prompt decoder is made of.
+WANTED = {
+    "prompt_encoder": ("pe_layer", "point_embeddings", "not_a_point_embed", "no_mask_embed"),
+    "mask_decoder": ("predict_masks",),
+}
+
+
+EXTRAS = tuple(dict.fromkeys(row.extra for row in BACKENDS.values() if row.extra))
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx",)):
+class Export(Transform, family="compile", phase=60, terminal=True, extras=EXTRAS):
     """Write image encoder and prompt decoder as files of another runtime, and run from those.
 
     Use it last, to run where PyTorch is slow or absent. The result is still a `Sam`: predictors,
@@ -51,73 +48,134 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
     trained further: its weights are in the files.
 
     Args:
-        backend: the runtime.
-        dtype: what it computes in.
+        backend: the runtime: "onnxruntime"; "openvino", the fastest on x86; "aot", torch's own
+            compiler ahead of time, which needs no package.
+        precision: what the image encoder computes in. "int8" multiplies integers in its products
+            and, with "openvino", computes the rest in bfloat16 where the processor can.
+        decoder: what the prompt decoder computes in; less than floats costs masks.
+        images: calibration images, the first of the data, where the runtime asks for them:
+            "openvino" in int8.
+        prompts: for runtimes of fixed sizes only: prompts at a time. There is a decoder for each of
+            these numbers with each of `points`; more prompts are cut, fewer filled up.
+        points: likewise, points of a prompt. A click takes two, with its padding; a box two. Fewer
+            are filled up with points of no meaning, which changes masks a little; more are refused.
 
     Raises:
+        ConfigError: if there is no such runtime, it does not compute in that, or a number is out of
+            range.
         MissingDependencyError: if the runtime or its exporter is not installed; before any work.
+        DataError: if images are needed and none are given.
         ModelError: if prompt encoder or mask decoder are not made of segment_anything's parts, as
-            EfficientSAM's.
-        BackendError: if the runtime cannot express the model, or its results differ from torch's by
-            more than the tolerance (1e-4 of the largest number; 1e-2 where tokens are rounded).
+            EfficientSAM's; if layers multiply integers already and the runtime does not take them,
+            or int8 is asked for.
+        BackendError: if there is no compiler or no bfloat16 here; if the runtime cannot express the
+            model; if its results differ from torch's by more than the tolerance: 1e-4 of the
+            largest number in float32 (1e-2 where layers round tokens), 0.02 of the whole in
+            float16, 0.05 in bfloat16, 0.2 in int8.
 
     Effect:
-        ``encoder.onnx`` (image to embedding; fixed size) and ``prompt_decoder.onnx`` (any number of
-        prompts and points, with or without masks), reloaded and compared with torch before it is
-        done. ``vit_b`` at 512 px on one thread of an AMD EPYC: encoder 1.42 times as fast as in
-        torch, 1.69 times after `Fused`; decoder 1.4 times for one prompt, 2.3 times for 64.
+        A file of the encoder (image to embedding; fixed size) and of the prompt decoder (any number
+        of prompts and points, with or without masks), a manifest and reference outputs; reloaded
+        and compared with torch before it is done. ``vit_b`` at 512 px on one thread of an AMD EPYC,
+        "onnxruntime": encoder 1.42 times as fast as in torch, 1.69 times after `Fused`; decoder 1.4
+        times for one prompt, 2.3 times for 64. Other runtimes and types: the card.
 
     Composes with:
-        Every family before it; nothing after it.
+        Every family before it; nothing after it. "openvino" and "aot" not after layers that
+        multiply integers, such as `Int8Dynamic`.
 
     Source:
-        ONNX Runtime, Microsoft, MIT licence, https://onnxruntime.ai; ONNX through `torch.onnx`. The
-        split in two graphs and the labels 2 and 3 for boxes are those of segment_anything's own
-        ONNX example (Apache-2.0); unlike it, boxes, masks and the choice of masks work as in
-        `SamPredictor`, and resizing stays outside the graph.
+        ONNX Runtime, Microsoft, MIT licence, https://onnxruntime.ai; ONNX through `torch.onnx`.
+        OpenVINO and NNCF, Intel, Apache-2.0. AOTInductor, PyTorch. The split in two graphs and the
+        labels 2 and 3 for boxes are those of segment_anything's own ONNX example (Apache-2.0);
+        unlike it, boxes, masks and the choice of masks work as in `SamPredictor`, and resizing
+        stays outside the graph.
 
     Example:
         >>> import samcompress as sc
-        >>> sc.attention.Fused() | sc.compile.Export()
-        sc.attention.Fused() | sc.compile.Export()
+        >>> sc.attention.Fused() | sc.compile.Export(backend="openvino", precision="bfloat16")
+        sc.attention.Fused() | sc.compile.Export(backend='openvino', precision='bfloat16')
     """
 
-    backend: Literal["onnxruntime"] = "onnxruntime"
-    dtype: Literal["float32"] = "float32"
+    version: ClassVar[int] = 2
+
+    backend: str = "onnxruntime"
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    decoder: Literal["float32", "float16", "bfloat16"] = "float32"
+    images: int = 32
+    prompts: tuple[int, ...] = (1, 16)
+    points: tuple[int, ...] = (2, 5)
+
+    @classmethod
+    def upgrade(cls, params: dict[str, Any], version: int) -> dict[str, Any]:
+        """In version 1 `precision` was called `dtype`."""
+        return {"precision" if name == "dtype" else name: value for name, value in params.items()}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether ranges are found on images."""
+        return self.precision in self.runtime.calibrated
+
+    @property
+    def runtime(self) -> Backend:
+        """The row of the support table."""
+        return BACKENDS[self.backend]
+
+    def validate(self) -> None:
+        """Check that there is the runtime, and that it has the types."""
+        if self.backend not in BACKENDS:
+            raise ConfigError(
+                f"{self.label}: there is no such backend.",
+                got=repr(self.backend),
+                expected=" | ".join(BACKENDS),
+                fix=closest(self.backend, BACKENDS),
+            )
+        runtime = self.runtime
+        for name in ("precision", "decoder"):
+            if getattr(self, name) not in runtime.dtypes:
+                raise ConfigError(
+                    f"{self.label}: {self.backend} does not compute in this {name}.",
+                    got=getattr(self, name),
+                    expected=" | ".join(runtime.dtypes),
+                    fix="; ".join(f"{b.name}: {', '.join(b.dtypes)}" for b in BACKENDS.values()),
+                )
+        if self.images < 1:
+            raise ConfigError(
+                f"{self.label}: images is out of range.", got=self.images, expected="at least 1"
+            )
+        for name in ("prompts", "points"):
+            sizes = getattr(self, name)
+            if not sizes or sizes[0] < 1 or sorted(set(sizes)) != list(sizes):
+                raise ConfigError(
+                    f"{self.label}: {name} is out of range.",
+                    got=sizes,
+                    expected="rising numbers, the first at least 1",
+                )
+        # Others are imported by themselves, in `check`: how matters to one of them.
+        object.__setattr__(self, "extras", ("onnx",) if self.backend == "onnxruntime" else ())
 
     def check(self, model: nn.Module) -> None:
-        """Look for the parts that the graphs are made of."""
-        _, prompt_encoder, mask_decoder = parts(model)
-        wanted = {
-            "prompt_encoder": (
-                "pe_layer",
-                "point_embeddings",
-                "not_a_point_embed",
-                "no_mask_embed",
-            ),
-            "mask_decoder": ("predict_masks",),
-        }
-        absent = [
-            f"{part}.{name}"
-            for part, names in wanted.items()
-            for name in names
-            if not hasattr(getattr(model, part), name)
-        ]
-        if absent:
+        """Look for the runtime, and for the parts that the graphs are made of."""
+        for precision in {self.precision, self.decoder}:
+            self.runtime.ready(precision)
+        _check_parts(model)
+        whole_numbers = rounding(parts(model))
+        if whole_numbers and not (self.runtime.integers and self.precision != "int8"):
             raise ModelError(
-                "compile.export cannot make a graph of this prompt encoder and mask decoder.",
-                where=", ".join(absent),
-                got=f"{type(prompt_encoder).__name__}, {type(mask_decoder).__name__}",
-                expected="those of segment_anything",
-                fix="run this model in torch; of published models only EfficientSAM is such a one",
+                f"{self.label} finds layers that multiply integers already.",
+                where=whole_numbers,
+                got=f"backend={self.backend!r}, precision={self.precision!r}",
+                expected="a model of floating point, or backend='onnxruntime' and its floats",
+                fix="export the model from before that step, with precision='int8'",
             )
 
     def apply(self, model: Any, ctx: Context) -> State:
         """Export both halves, compare them with torch, put facades in place of the parts."""
         device = device_of(model)
+        model.cpu()
         eager = parts(model)
         for part in eager:
-            part.to("cpu", getattr(torch, self.dtype)).eval()
+            part.float().eval()
         temporary, base = None, ctx.workdir
         if base is None:
             base = Path(tempfile.mkdtemp(prefix="samcompress-"))
@@ -125,15 +183,20 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
         # Named by content, so that no other model's files are ever replaced.
         content = hashlib.sha256(f"{fingerprint(model)}{model}{self!r}".encode()).hexdigest()
         home = base / "exported" / f"{self.backend}-{content[:12]}"
+        drawn = Drawn(model)
+        seen = Images(model, ctx, self.images) if self.needs_data else None
         with torch.no_grad(), whole(home) as folder:
             folder.mkdir(parents=True)
-            state = self._sizes(eager)
-            state["files"] = self._write(eager, folder, ctx)
+            cut = graphs(eager, self._buckets())
+            state = self._sizes(eager) | self._write(cut, folder, ctx, seen or ())
+            framing = framing_of(model)
+            state["framing"] = {"rule": type(framing).__name__, "frame": framing.frame}
             self.rebuild(model, state)
             _bind(model, folder)
-            state.update(self._compare(eager, parts(model)))
+            state |= self._checked(model, eager, cut[1], folder, drawn, seen)
+            write_manifest(folder, model, state, cut)
         _bind(model, home, temporary)
-        model.prompt_encoder.to(device)
+        model.to(device)
         return state
 
     def rebuild(self, model: Any, state: State) -> State:
@@ -143,79 +206,154 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=("onnx
             state["channels"],
             tuple(state["grid"]),
             tuple(state["frame"]),
-            state.get("padding", PADDING),
+            state["padding"],
         )
-        files = state["files"]
+        files, hashes, sizes = state["files"], state["sha256"], state["sizes"]
         model.image_encoder = ExportedEncoder(
-            state["backend"], files["encoder"], state["image_size"]
+            state["backend"], files[ENCODER], state["image_size"], hashes=hashes
         )
         model.mask_decoder = ExportedDecoder(
-            state["backend"], files["prompt_decoder"], state.get("features", 0)
+            state["backend"],
+            # These two are of both halves; one must bring them along when the model is saved.
+            [*files[DECODER], MANIFEST, REFERENCE],
+            state["features"],
+            sizes=Buckets(**{name: tuple(n) for name, n in sizes.items()}) if sizes else None,
+            hashes=hashes,
         )
         return state
 
+    def _checked(
+        self,
+        model: Any,
+        eager: Any,
+        decoder: Graph,
+        folder: Path,
+        drawn: Drawn,
+        seen: Images | None,
+    ) -> State:
+        """Compare the files with torch, if they can be run here, and keep torch's answers."""
+        exported = parts(model)
+        bounds = [(kind, self._allowed(eager, kind)) for kind in (self.precision, self.decoder)]
+        state: State = {
+            "unchecked": self.runtime.unrunnable(),
+            "tolerance": max(bound for _, bound in bounds),
+            "errors": {},
+            "granted": {},
+        }
+        expected, found = eager.image_encoder(drawn.image), None
+        if state["unchecked"] is None:
+            found = model.image_encoder(drawn.image)
+            pair = expected, found
+            if seen:  # integers are for images like those seen before
+                pair = eager.image_encoder(seen[0][0]), model.image_encoder(seen[0][0])
+            state["errors"] = compare(
+                eager, exported, pair, backend=self.backend, encoder=bounds[0], decoder=bounds[1]
+            )
+            state["granted"] = {
+                ENCODER: dict(model.image_encoder.graph(ENCODER).granted),
+                DECODER: dict(model.mask_decoder.graph(decoder.stem).granted),
+            }
+        state["reference"] = write_reference(
+            folder / REFERENCE, drawn, (expected, found), exported, decoder
+        )
+        return state
+
+    def _allowed(self, eager: Any, kind: str) -> float:
+        return allowed(eager, self.runtime.tolerance.get(kind, TOLERANCE[kind]))
+
+    def _buckets(self) -> Buckets | None:
+        return None if self.runtime.dynamic_shapes else Buckets(self.prompts, self.points)
+
     def _sizes(self, eager: Any) -> State:
         encoder, prompts, decoder = eager
+        sizes = self._buckets()
+        used = ("torch", *self.runtime.packages, *self.runtime.calibrators * self.needs_data)
         return {
             "backend": self.backend,
-            "dtype": self.dtype,
-            "versions": {name: version(name) for name in EXTRAS[BACKENDS[self.backend].extra]},
+            "precision": self.precision,
+            "decoder": self.decoder,
+            "versions": {name: version(name) for name in used},
             "image_size": encoder.img_size,
             "channels": prompts.embed_dim,
             "grid": list(prompts.image_embedding_size),
             "frame": list(prompts.input_image_size),
             "features": getattr(decoder, "features", 0),
             "padding": _padding(prompts),
+            "sizes": {"prompts": list(sizes.prompts), "points": list(sizes.points)}
+            if sizes
+            else None,
         }
 
-    def _write(self, eager: Any, folder: Path, ctx: Context) -> dict[str, list[str]]:
-        encoder, prompts, decoder = eager
-        side, (h, w) = encoder.img_size, prompts.image_embedding_size
-        halves = {
-            "encoder": (encoder, (torch.zeros(1, 3, side, side),), ENCODER),
-            "prompt_decoder": (
-                PromptDecoder(prompts, decoder).eval(),
-                # Two prompts of three points: sizes of 1 would be taken as fixed.
-                (
-                    torch.zeros(1, prompts.embed_dim + getattr(decoder, "features", 0), h, w),
-                    torch.zeros(2, 3, 2),
-                    torch.ones(2, 3),
-                    torch.zeros(2, 1, 4 * h, 4 * w),
-                    torch.zeros(1),
-                ),
-                DECODER,
-            ),
-        }
-        backend = BACKENDS[self.backend]
-        written = {}
-        for name, (module, example, options) in ctx.progress.track(
-            halves.items(), label="graphs", total=len(halves)
-        ):
-            path = folder / f"{name}{backend.suffix}"
-            files = backend.export(module, example, path, dtype=self.dtype, options=options)
-            written[name] = [file.name for file in files]
-        return written
+    def _write(
+        self, cut: list[Graph], folder: Path, ctx: Context, samples: Sequence[Sample]
+    ) -> State:
+        files: dict[str, list[str]] = {ENCODER: [], DECODER: []}
+        for graph in ctx.progress.track(cut, label="graphs", total=len(cut)):
+            half = ENCODER if graph.stem == ENCODER else DECODER
+            written = self.runtime.export(
+                graph.module,
+                graph.example,
+                folder / f"{graph.stem}{self.runtime.suffix}",
+                dtype=self.precision if half == ENCODER else self.decoder,
+                options=graph.options,
+                samples=samples if half == ENCODER else (),
+            )
+            files[half] += [file.relative_to(folder).as_posix() for file in written]
+        hashes = {name: sha256(folder / name) for half in files.values() for name in half}
+        return {"files": files, "sha256": hashes}
 
-    def _compare(self, eager: Any, exported: Any) -> dict[str, Any]:
-        """Largest differences from torch, and a few numbers of torch's outputs to check against."""
-        tolerance = allowed(eager, TOLERANCE[self.dtype])
-        errors: dict[str, float] = {}
-        reference: dict[str, Any] = {"seed": SEED}
-        for name, expected, found in _outputs(eager, exported):
-            difference = _difference(found, expected)
-            # A NaN is not below any tolerance.
-            if not difference <= tolerance:
-                raise BackendError(
-                    f"{self.backend} gives another {name} than torch.",
-                    where="comparison after export",
-                    got=f"a difference of {difference:.3g}",
-                    expected=f"at most {tolerance:g}, relative to the largest number",
-                    fix="check that torch's own outputs are finite; report this with the versions",
-                )
-            kind = name.split(" of ")[0]
-            errors[kind] = max(errors.get(kind, 0.0), difference)
-            reference[name] = [float(expected.mean()), float(expected.std(correction=0))]
-        return {"tolerance": tolerance, "errors": errors, "reference": reference}
+
+class Images(Sequence[Sample]):
+    """Images as the image encoder takes them, made when they are asked for.
+
+    Args:
+        model: whose framing they get.
+        ctx: the data.
+        count: at most so many, the first that can be read.
+    """
+
+    def __init__(self, model: nn.Module, ctx: Context, count: int) -> None:
+        self.model = model
+        self.samples = list(itertools.islice(ctx.data.readable(), count))
+        if not self.samples:
+            raise DataError(
+                f"{ctx.step} finds no image that can be read.",
+                where=ctx.data.name,
+                got=f"{len(ctx.data)} samples",
+                expected="at least 1",
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """(1, 3, S, S) float32."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        image, _ = preprocess(self.model, self.samples[index].image)
+        return (image[None].float().cpu(),)
+
+
+def _check_parts(model: nn.Module) -> None:
+    _, prompt_encoder, mask_decoder = parts(model)
+    absent = [
+        f"{part}.{name}"
+        for part, names in WANTED.items()
+        for name in names
+        if not hasattr(getattr(model, part), name)
+    ]
+    if absent:
+        raise ModelError(
+            "compile.export cannot make a graph of this prompt encoder and mask decoder.",
+            where=", ".join(absent),
+            got=f"{type(prompt_encoder).__name__}, {type(mask_decoder).__name__}",
+            expected="those of segment_anything",
+            fix="run this model in torch; of published models only EfficientSAM is such a one",
+        )
 
 
 def _padding(prompt_encoder: Any) -> list[int]:
@@ -232,42 +370,3 @@ def _padding(prompt_encoder: Any) -> list[int]:
 def _bind(model: Any, folder: Path, keep: Folder | None = None) -> None:
     model.image_encoder.bind(folder, keep)
     model.mask_decoder.bind(folder, keep)
-
-
-def _outputs(eager: Any, exported: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, torch's tensor and the runtime's, for seeded inputs."""
-    generator = torch.Generator().manual_seed(SEED)
-    side, (h, w) = eager.image_encoder.img_size, eager.prompt_encoder.mask_input_size
-    image = torch.randn(1, 3, side, side, generator=generator)
-    embedding = eager.image_encoder(image)
-    yield "embedding", embedding, exported.image_encoder(image)
-    for prompts, n, box, mask in COMPARED:
-        points = boxes = masks = None
-        if n:
-            labels = torch.randint(0, 2, (prompts, n), generator=generator)
-            points = side * torch.rand(prompts, n, 2, generator=generator), labels
-        if box:
-            boxes = side * torch.rand(prompts, 4, generator=generator)
-        if mask:
-            masks = 8 * torch.randn(prompts, 1, h, w, generator=generator)
-        results = []
-        for _, prompt_encoder, decoder in (eager, exported):
-            sparse, dense = prompt_encoder(points=points, boxes=boxes, masks=masks)
-            both = [
-                decoder(
-                    image_embeddings=embedding,
-                    image_pe=prompt_encoder.get_dense_pe(),
-                    sparse_prompt_embeddings=sparse,
-                    dense_prompt_embeddings=dense,
-                    multimask_output=multimask,
-                )
-                for multimask in (False, True)
-            ]
-            results.append([torch.cat(pair, 1) for pair in zip(*both, strict=True)])
-        asked = f"{prompts} x {n} points{', box' * box}{', mask' * mask}"
-        for kind, expected, found in zip(("logits", "scores"), *results, strict=True):
-            yield f"{kind} of {asked}", expected, found
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1))

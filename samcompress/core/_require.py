@@ -10,6 +10,12 @@ from .errors import MissingDependencyError
 # The modules each extra of pyproject.toml brings; a step's `extras` are checked before any work.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+    "search": ("optuna",),
+    "executorch": ("executorch",),
+    "litert": ("ai_edge_litert", "ai_edge_quantizer"),
+    "coreml": ("coremltools",),
+    "tensorrt": ("tensorrt", "onnx", "onnxscript"),
     "train": ("accelerate",),
     "zoo": ("timm",),
     "graph": ("torch_pruning",),

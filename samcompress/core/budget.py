@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,11 @@ from .macs import macs
 from .sizes import parameter_count
 from .timing import Rounds, Timing, Work, evaluating, time_many
 
+# What a technique measures by itself, and what a finished benchmark row tells as well.
 QUANTITIES = ("parameters", "macs", "latency_ms")
+MEASURED = (*QUANTITIES, "encoder_ms", "prompt_ms", "memory_mb", "size_mb")
+EVERYWHERE = ("parameters", "macs", "size_mb")  # the same on every device
+COUNTS = ("parameters", "macs")
 SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "%": 0.01}
 EXAMPLES = '"parameters<=30M", "macs<=50%" or "latency_ms<=50 on cpu"'
 RULE = re.compile(r"(\w+)\s*<=\s*(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kMG%]?)(?:\s+on\s+(\S+))?")
@@ -33,7 +37,8 @@ class Limit:
     Attributes:
         quantity: ``parameters`` of the whole model; ``macs``, multiply-accumulates of the image
             encoder on one image and of prompt encoder and decoder on one box; or ``latency_ms``,
-            the time of the same on a device, in milliseconds.
+            the time of the same on a device, in milliseconds. Of a benchmark's row also its
+            ``encoder_ms``, ``prompt_ms``, ``memory_mb`` and ``size_mb``.
         most: the limit, or the share of what the base costs.
         relative: whether `most` is such a share.
         device: where time is measured; None for where the model is.
@@ -51,11 +56,12 @@ class Limit:
     device: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Limit:
-        """Read a budget: a quantity, ``<=``, a number, for time perhaps ``on`` a device.
+    def parse(cls, text: str, quantities: Sequence[str] = QUANTITIES) -> Limit:
+        """Read a budget: a quantity, ``<=``, a number, for time or memory ``on`` a device.
 
         Args:
             text: the number may end in ``k``, ``M`` or ``G``, or in ``%`` of what the base costs.
+            quantities: what it may be of; `MEASURED` where a benchmark's row is there to ask.
 
         Raises:
             ConfigError: if the text is none, there is no such quantity, or the number makes no
@@ -65,16 +71,16 @@ class Limit:
         if found is None:
             raise ConfigError("this is not a budget.", got=repr(text), expected=EXAMPLES)
         quantity, digits, exponent, scale, place = found.groups(default="")
-        if quantity not in QUANTITIES:
+        if quantity not in quantities:
             raise ConfigError(
                 f"a budget cannot be of {quantity!r}.",
                 got=repr(text),
-                expected=", ".join(QUANTITIES),
-                fix=closest(quantity, QUANTITIES),
+                expected=", ".join(quantities),
+                fix=closest(quantity, quantities),
             )
-        if place and quantity != "latency_ms":
+        if place and quantity in EVERYWHERE:
             raise ConfigError(
-                f"{quantity} are the same on every device.",
+                f"{quantity} {'are' if quantity in COUNTS else 'is'} the same on every device.",
                 got=repr(text),
                 fix=text.partition(" on ")[0],
             )
@@ -85,7 +91,7 @@ class Limit:
                 got=repr(text),
                 expected="more than 0% and less than 100%",
             )
-        if most <= 0 or (quantity != "latency_ms" and not relative and most < 1):
+        if most <= 0 or (quantity in COUNTS and not relative and most < 1):
             raise ConfigError(
                 "a budget leaves nothing.",
                 got=repr(text),

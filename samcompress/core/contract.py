@@ -129,7 +129,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """Floating-point type a module computes in: that of its first float parameter or buffer."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32

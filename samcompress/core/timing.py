@@ -23,6 +23,9 @@ from .errors import ConfigError
 from .framing import framing_of
 from .predict import preprocess
 
+PROCESSES = 5  # fewest medians that an interval is drawn from
+PATIENCE = 60  # calls after which nobody waits for a quiet machine any more
+SETTLED = 1.05  # the longest of three calls over the shortest, once nothing is compiled any more
 Call = Callable[[], Any]
 K = TypeVar("K")
 
@@ -37,6 +40,8 @@ class Rounds:
         calls: calls that count, at least this many ...
         seconds: ... and for at least this long.
         max_seconds: stop after this long, warm-up included, once three calls have counted.
+        processes: new processes that each do all of this, for an interval of the median: calls of
+            one process resemble each other. 1, in this very process, or at least `PROCESSES`.
 
     Example:
         >>> Rounds.quick().calls
@@ -48,14 +53,21 @@ class Rounds:
     calls: int = 50
     seconds: float = 5.0
     max_seconds: float = 300.0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 1 if name == "calls" else 0
+            least = 1 if name in ("calls", "processes") else 0
             if not value >= least:
                 raise ConfigError(
                     f"Rounds.{name} is out of range.", got=value, expected=f"at least {least}"
                 )
+        if 1 < self.processes < PROCESSES:
+            raise ConfigError(
+                "Rounds.processes is too few for an interval.",
+                got=self.processes,
+                expected=f"1 for none, or at least {PROCESSES}",
+            )
 
     @classmethod
     def quick(cls) -> Rounds:
@@ -70,7 +82,8 @@ class Rounds:
 
     def to_dict(self) -> dict[str, float]:
         """Plain JSON values."""
-        return asdict(self)
+        # Files from before there was a choice say nothing of processes.
+        return {k: v for k, v in asdict(self).items() if k != "processes" or v > 1}
 
 
 @dataclass(frozen=True)
@@ -124,13 +137,23 @@ class Timing:
         return f"Timing({self.median_ms:.3g} ms, IQR {self.iqr_ms:.3g}, n={self.n})"
 
 
-def time_many(calls: Mapping[K, Call], at: Device, rounds: Rounds) -> dict[K, Timing]:
+def time_many(
+    calls: Mapping[K, Call],
+    at: Device,
+    rounds: Rounds,
+    *,
+    settle: bool = False,
+    border: Call = lambda: None,
+) -> dict[K, Timing]:
     """Time functions that take turns; who begins changes with every turn.
 
     Args:
         calls: functions without arguments, by name.
         at: the device they work on.
         rounds: how often to call each.
+        settle: warm up until three calls in a row take the same time, within a twentieth: what
+            compiles itself, or tries kernels, may do so for any number of calls.
+        border: called when the warm-up is over, and after the last call.
     """
     began = time.perf_counter()
     laps: dict[K, list[Lap]] = {name: [] for name in calls}
@@ -140,12 +163,18 @@ def time_many(calls: Mapping[K, Call], at: Device, rounds: Rounds) -> dict[K, Ti
         return time.perf_counter() - began
 
     turn, start = 1, elapsed()
-    while turn < rounds.warmup_calls or elapsed() - start < rounds.warmup_seconds:
+    warm: dict[K, list[float]] = {name: [] for name in calls}
+    while (
+        turn < rounds.warmup_calls
+        or elapsed() - start < rounds.warmup_seconds
+        or (settle and turn < PATIENCE and not all(map(_settled, warm.values())))
+    ):
         if elapsed() > rounds.max_seconds / 4:
             break
         for name in _order(calls, turn):
-            at.time(calls[name])
+            warm[name].append(at.time(calls[name]).wall_ms)
         turn += 1
+    border()
     counted, start = 0, elapsed()
     while counted < rounds.calls or elapsed() - start < rounds.seconds:
         if counted >= 3 and elapsed() > rounds.max_seconds:
@@ -153,6 +182,7 @@ def time_many(calls: Mapping[K, Call], at: Device, rounds: Rounds) -> dict[K, Ti
         for name in _order(calls, counted):
             laps[name].append(at.time(calls[name]))
         counted += 1
+    border()
     return {
         name: Timing(
             tuple(lap.ms for lap in laps[name]),
@@ -245,6 +275,11 @@ def _read(output: Tensor) -> Tensor:
     # A lazy backend does its work only when somebody looks at the result.
     output.reshape(-1)[-1:].clone()
     return output
+
+
+def _settled(times: list[float]) -> bool:
+    last = times[-3:]
+    return len(last) == 3 and max(last) <= SETTLED * min(last)
 
 
 def _order(calls: Mapping[K, Call], turn: int) -> list[K]:

@@ -10,6 +10,7 @@
 | `AlignBottleneck` | a pruned image encoder | SlimSAM's first alignment |
 | `AlignEmbedding` | a pruned image encoder | SlimSAM's second alignment |
 | `Supervised` | all of the model | annotated masks, as SAM itself was trained |
+| `HeatHead` | a head that says where to ask | annotated masks, for segmenting everything |
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .align_bottleneck import AlignBottleneck
 from .align_embedding import AlignEmbedding
 from .encoder import Encoder
 from .full_stage import FullStage
+from .heat_head import HeatHead
 from .layer_wise import LayerWise
 from .prompt_loop import PromptLoop
 from .sami import Sami
@@ -30,6 +32,7 @@ __all__ = [
     "Augment",
     "Encoder",
     "FullStage",
+    "HeatHead",
     "LayerWise",
     "PromptLoop",
     "Sami",

@@ -1,16 +1,22 @@
-"""Runs in a fresh process for `memory`: load a folder, call the model, print what it took."""
+"""Runs in a fresh process: load models, call them, print what they took.
+
+For `memory`, and for times where `Rounds.processes` asks for several processes.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.checkpoint import load_folder
-from .devices import device
-from .latency import one_call
+from .devices import device, pinned
+from .latency import Rounds, latency_many, one_call
 from .memory import Memory, Process
 
 CALLS = 3
@@ -18,8 +24,11 @@ CALLS = 3
 
 def main(folder: str, spec: str, threads: int) -> Memory:
     """Measure the stages of one model's life."""
-    if threads:
-        torch.set_num_threads(threads)
+    with pinned(threads or None):
+        return _stages(folder, spec)
+
+
+def _stages(folder: str, spec: str) -> Memory:
     at, process = device(spec), Process()
     on_gpu = at.memory() is not None
 
@@ -48,5 +57,24 @@ def main(folder: str, spec: str, threads: int) -> Memory:
     )
 
 
+def times(request: Path) -> dict[str, Any]:
+    """`latency_many` of the folders that a request names."""
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    at = device(asked["device"]).torch_device
+    models = {name: load_folder(folder, device=at) for name, folder in asked["models"].items()}
+    found = latency_many(
+        models,
+        image=np.load(asked["image"], allow_pickle=False),
+        rounds=Rounds(**asked["rounds"]),
+        batches=asked["batches"],
+        threads=asked["threads"],
+    )
+    return {name: entry.to_dict() for name, entry in found.items()}
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))))
+    torch.set_num_interop_threads(1)
+    if len(sys.argv) == 2:
+        print(json.dumps(times(Path(sys.argv[1]))))
+    else:
+        print(json.dumps(asdict(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))))

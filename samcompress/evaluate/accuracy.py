@@ -7,9 +7,7 @@ objects are in memory at a time.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -18,37 +16,42 @@ from torch import nn
 from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Instance, Sample, Skipped, as_dataset
-from ..core.errors import ConfigError, DataError, ShapeError
+from ..core.errors import ConfigError, DataError
+from ..core.framing import framing_of
 from ..core.history import lineage
-from ..core.predict import Embedding, Prediction, decode, encode
+from ..core.predict import Embedding, Prediction, decode
 from ..core.prompt import Prompt, check_inside
+from ._reading import ahead, encoded, evaluating, group_size, reason
+from .field import Field, resampled
 from .masks import Mask
 from .masks import encode as encode_mask
-from .protocol import Choice, Feedback, Protocol, Target, rounds
+from .presets import preset_protocol
+from .protocol import Choice, Feedback, Overlap, Protocol, Target, rounds
 from .records import Accuracy, Record, agreement
 from .stats import Average
 
 __all__ = ["Accuracy", "accuracies", "accuracy", "agreement"]
 
 log = logging.getLogger("samcompress.evaluate")
-# Full-size masks of one group of objects take at most about this many bytes.
-_MASK_BYTES = 2**27
 
 
 def accuracy(
     model: nn.Module,
     data: Dataset | Sequence[Sample],
-    prompts: str = "box",
+    prompts: str | None = None,
     *,
-    choice: Choice = "single",
-    feedback: Feedback = "none",
-    include_crowd: bool = False,
-    min_area: float = 0,
-    average: Average = "instance",
+    preset: str | None = None,
+    choice: Choice | None = None,
+    feedback: Feedback | None = None,
+    include_crowd: bool | None = None,
+    min_area: float | None = None,
+    average: Average | None = None,
+    overlap: Overlap | None = None,
     seed: int = 0,
     keep_masks: bool = False,
     batch_size: int = 1,
     prompt_batch: int = 64,
+    workers: int = 0,
     progress: ProgressLike = False,
 ) -> Accuracy:
     """Mean IoU of a SAM by one protocol.
@@ -56,17 +59,23 @@ def accuracy(
     Args:
         model: any SAM, on any device.
         data: images with masks.
-        prompts: ``box``, ``point``, ``random-3``, ``clicks-5``, ...: see `evaluate.prompts`.
-        choice: which mask counts; see `Protocol`, as for what follows. The log warns of
-            ``predicted`` if the model's last training did not teach it the IoU of its masks.
+        prompts: ``box`` (the default), ``point``, ``random-3``, ``clicks-5``, ...: see
+            `evaluate.prompts`.
+        preset: instead of `prompts` and all rules below but the seed: those of a published table,
+            such as ``edgesam-box``; see `evaluate.presets`.
+        choice: which mask counts, ``single`` if left out; see `Protocol`, as for what follows. The
+            log warns of ``predicted`` if the model's last training did not teach it the IoU of its
+            masks.
         feedback: whether the last mask goes along with a correcting click.
         include_crowd: score regions of many objects too.
         min_area: leave out smaller objects, in pixels.
         average: what weighs the same.
+        overlap: ``boundary`` for the mean boundary IoU.
         seed: of drawn prompts.
         keep_masks: keep every mask as run lengths, some hundred bytes each, for `agreement`.
         batch_size: images encoded at once.
         prompt_batch: objects decoded at once, at most.
+        workers: threads that read images ahead; changes no number.
         progress: True for a bar, or a callable that receives events.
 
     Returns:
@@ -74,7 +83,7 @@ def accuracy(
 
     Raises:
         ModelError: if the model is no SAM.
-        ConfigError: if the protocol is unknown.
+        ConfigError: if the protocol is unknown, or a preset comes with rules of its own.
         DataError: if there is nothing to score.
         NonFiniteError: if the model gives a score or mask that is not finite.
 
@@ -84,20 +93,32 @@ def accuracy(
         >>> found.protocol.split("/")[1:3], 0 <= found.miou <= 1
         (['center', 'single'], True)
     """
+    rules: dict[str, Any] = {
+        "choice": choice,
+        "feedback": feedback,
+        "include_crowd": include_crowd,
+        "min_area": min_area,
+        "average": average,
+        "overlap": overlap,
+    }
+    if preset is not None and prompts is not None:
+        raise ConfigError(
+            "a preset brings its own prompt.",
+            got=f"prompts={prompts!r}, preset={preset!r}",
+            expected="one of them",
+        )
     (found,) = accuracies(
         model,
         data,
-        (prompts,),
-        choice=choice,
-        feedback=feedback,
-        include_crowd=include_crowd,
-        min_area=min_area,
-        average=average,
+        () if preset is not None else ("box" if prompts is None else prompts,),
+        presets=() if preset is None else (preset,),
         seed=seed,
         keep_masks=keep_masks,
         batch_size=batch_size,
         prompt_batch=prompt_batch,
+        workers=workers,
         progress=progress,
+        **{name: value for name, value in rules.items() if value is not None},
     )
     return found
 
@@ -105,11 +126,14 @@ def accuracy(
 def accuracies(
     model: nn.Module,
     data: Dataset | Sequence[Sample],
-    prompts: Sequence[str] = ("box", "point"),
+    prompts: Sequence[str] | None = None,
     *,
+    presets: Sequence[str] = (),
+    seed: int = 0,
     keep_masks: bool = False,
     batch_size: int = 1,
     prompt_batch: int = 64,
+    workers: int = 0,
     progress: ProgressLike = False,
     **protocol: Any,
 ) -> list[Accuracy]:
@@ -118,12 +142,15 @@ def accuracies(
     Args:
         model: any SAM, on any device.
         data: images with masks.
-        prompts: one name a result.
+        prompts: one name a result; box and point if neither these nor presets are given.
+        presets: one name a result, after those of the prompts.
+        seed: of drawn prompts.
         keep_masks: as for `accuracy`, like all that follows.
         batch_size: images encoded at once.
         prompt_batch: objects decoded at once, at most.
+        workers: threads that read ahead.
         progress: True for a bar, or a callable that receives events.
-        protocol: choice, feedback, include_crowd, min_area, average, seed.
+        protocol: choice, feedback, include_crowd, min_area, average, overlap, truth of the prompts.
 
     Returns:
         One result a name, in order.
@@ -134,17 +161,32 @@ def accuracies(
     check_sam(model)
     data = as_dataset(data)
     name = f"{data.name}#{len(data)}"
-    protocols = [Protocol(data=name, prompt=prompt, **protocol) for prompt in prompts]
+    prompts = ("box", "point") if prompts is None and not presets else prompts or ()
+    if protocol and not prompts:
+        raise ConfigError(
+            "a preset brings its own rules.",
+            got=", ".join(f"{key}={value!r}" for key, value in protocol.items()),
+            expected="none beside the seed",
+            fix="give prompts and rules instead of the preset",
+        )
+    protocols = [Protocol(data=name, prompt=p, seed=seed, **protocol) for p in prompts]
+    protocols += [preset_protocol(preset, name, seed=seed) for preset in presets]
     if not protocols:
         raise ConfigError("there is no prompt to ask with.", expected='prompts=("box", "point")')
-    for value, what in ((batch_size, "batch_size"), (prompt_batch, "prompt_batch")):
-        if value < 1:
-            raise ConfigError(f"{what} is below 1.", got=value, expected="1 or more")
-    if protocols[0].choice == "predicted" and _stale(model):
+    for value, what, least in (
+        (batch_size, "batch_size", 1),
+        (prompt_batch, "prompt_batch", 1),
+        (workers, "workers", 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{what} is below {least}.", got=value, expected=f"{least} or more")
+    if any(p.choice == "predicted" for p in protocols) and _stale(model):
         log.warning("the model was last trained without a loss on predicted IoU, which decides")
     scorer = _Scorer(model, protocols, keep_masks, prompt_batch)
-    track = Progress(progress, "accuracy").track(data.readable(), label="images", total=len(data))
-    with _evaluating(model):
+    track = Progress(progress, "accuracy").track(
+        ahead(data, workers), label="images", total=len(data)
+    )
+    with evaluating(model):
         while batch := list(islice(track, batch_size)):
             for sample, embedding in scorer.encode(batch):
                 scorer.add(sample, embedding)
@@ -154,6 +196,37 @@ def accuracies(
             protocols, scorer.records, scorer.skipped, strict=True
         )
     ]
+
+
+def aim(
+    model: nn.Module, protocol: Protocol, instance: Instance, mask: Mask, *, image_id: Any
+) -> Target:
+    """What a protocol asks a model for, for one object.
+
+    Args:
+        model: the SAM that will be asked.
+        protocol: the rules.
+        instance: the annotation.
+        mask: (H, W) bool, its mask, not empty.
+        image_id: id of its image.
+
+    Raises:
+        DataError: if the annotation lacks what the prompt is made of.
+    """
+    prompt = protocol.rule.start(instance, mask, image_id=image_id, seed=protocol.seed)
+    check_inside(prompt, (mask.shape[0], mask.shape[1]), 0)
+    field = None
+    if protocol.rule.kind == "random":
+        sam: Any = model
+        key = (protocol.seed, image_id, instance.id)
+        field = Field.of(mask, framing_of(model), sam.prompt_encoder.mask_input_size, key)
+    return Target(
+        f"image {image_id}, annotation {instance.id}, prompt {protocol.prompt}",
+        mask,
+        prompt,
+        resampled(mask) if protocol.truth == "resampled" else None,
+        field,
+    )
 
 
 class _Scorer:
@@ -170,28 +243,19 @@ class _Scorer:
         self.skipped: list[list[Skipped]] = [[] for _ in protocols]
         self.unread: list[Skipped] = []
 
+    def _kept(self, instance: Instance) -> bool:
+        return any(protocol.keeps(instance) for protocol in self.protocols)
+
     def encode(self, samples: list[Sample]) -> Iterator[tuple[Sample, Embedding]]:
         """Embeddings of the samples that hold something to score and that the model can take."""
-        samples = [s for s in samples if any(self.protocols[0].keeps(i) for i in s.instances)]
-        if not samples:
-            return
-        try:
-            found = encode(self.model, [s.image for s in samples], batch_size=len(samples))
-        except (DataError, ShapeError) as err:
-            if len(samples) > 1:
-                for sample in samples:
-                    yield from self.encode([sample])
-            else:
-                self.unread.append(Skipped(samples[0].id, "image", _reason(err)))
-            return
-        yield from zip(samples, found, strict=True)
+        samples = [s for s in samples if any(map(self._kept, s.instances))]
+        return encoded(self.model, samples, self.unread)
 
     def add(self, sample: Sample, embedding: Embedding) -> None:
         """Score one image by every protocol, a group of objects at a time."""
-        instances = [i for i in sample.instances if self.protocols[0].keeps(i)]
-        masks_each = 3 if self.protocols[0].multimask else 1
-        room = _MASK_BYTES // (masks_each * math.prod(sample.size))
-        size = min(self.prompt_batch, max(1, room))
+        instances = [i for i in sample.instances if self._kept(i)]
+        masks_each = 3 if any(protocol.multimask for protocol in self.protocols) else 1
+        size = group_size(sample.size, masks_each, self.prompt_batch)
         for start in range(0, len(instances), size):
             group = [(i, i.mask) for i in instances[start : start + size]]
             for index in range(len(self.protocols)):
@@ -203,16 +267,16 @@ class _Scorer:
         protocol = self.protocols[index]
         asked, targets = [], []
         for instance, mask in group:
-            name = f"image {sample.id}, annotation {instance.id}, prompt {protocol.prompt}"
+            if not protocol.keeps(instance):
+                continue
             try:
-                prompt = protocol.rule.start(instance, mask, image_id=sample.id, seed=protocol.seed)
-                check_inside(prompt, sample.size, 0)
+                target = aim(self.model, protocol, instance, mask, image_id=sample.id)
             except DataError as err:
                 what = f"annotation {instance.id}"
-                self.skipped[index].append(Skipped(sample.id, what, _reason(err)))
+                self.skipped[index].append(Skipped(sample.id, what, reason(err)))
                 continue
             asked.append(instance)
-            targets.append(Target(name, mask, prompt))
+            targets.append(target)
 
         def ask(prompts: list[Prompt], multimask: bool) -> Prediction:
             return decode(
@@ -244,18 +308,3 @@ def _stale(model: nn.Module) -> bool:
     """Whether masks were trained after the IoUs that the model predicts of them."""
     taught = [s.state["iou_trained"] for s in lineage(model) if "iou_trained" in s.state]
     return bool(taught) and not taught[-1]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _reason(err: DataError | ShapeError) -> str:
-    return err.what if err.got is None else f"{err.what} Got {err.got}."

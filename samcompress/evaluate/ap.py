@@ -1,4 +1,4 @@
-"""AP and AR of masks as COCO defines them, by pycocotools' own scorer.
+"""AP and AR of masks as COCO and LVIS define them, by pycocotools' own scorer.
 
 Our part is what goes in and what comes out: areas are those of the masks, never of a box that comes
 along with a detection; ids may be texts; and the numbers say by which rules they were made.
@@ -6,11 +6,9 @@ along with a detection; ids may be texts; and the numbers say by which rules the
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,11 +16,13 @@ import numpy as np
 from ..core.data import Dataset, Sample, as_dataset
 from ..core.data._annotation import decoder
 from ..core.errors import ConfigError, DataError
+from ._scorer import Entry, Seen, federated, score
+from .detections import Detections
 from .masks import Mask, boundary, decode, encode
-from .records import SIZES, Accuracy, _order
+from .protocol import Overlap
+from .records import SIZES, Accuracy
 
-Overlap = Literal["mask", "boundary"]
-Entry = dict[str, Any]
+Rules = Literal["coco", "lvis"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class AveragePrecision:
             None where there is no object of that size.
         n_images: images looked at.
         n_instances: objects to be found; crowds are none.
-        n_detections: what was found, right or wrong.
+        n_detections: what was found, right or wrong; by LVIS's rules only what may be judged.
+        by_group: AP of each group of categories; None where a group has no object.
+        detector: hash and number of the boxes that were asked with; None where there were none.
     """
 
     protocol: str
@@ -51,26 +53,48 @@ class AveragePrecision:
     n_images: int
     n_instances: int
     n_detections: int
+    by_group: dict[str, float | None] = field(default_factory=dict)
+    detector: dict[str, Any] | None = None
+
+    def cells(self) -> dict[str, float | int | None]:
+        """The numbers, by the names they have in tables."""
+        sizes = {f"AP {name}": part["ap"] for name, part in self.by_size.items()}
+        groups = {f"AP {name}": value for name, value in self.by_group.items()}
+        recalls = {f"AR@{most}": value for most, value in self.ar.items()}
+        head = {"AP": self.ap, "AP50": self.ap50, "AP75": self.ap75}
+        return {**head, **sizes, **groups, **recalls, "detections": self.n_detections}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        fields = {**vars(self), "ar": {str(most): value for most, value in self.ar.items()}}
+        fields["by_size"] = {
+            name: {**part, "ar": {str(most): value for most, value in part["ar"].items()}}
+            for name, part in self.by_size.items()
+        }
+        return fields
 
     def __repr__(self) -> str:
         return f"<AveragePrecision {self.ap:.3f} (50: {self.ap50:.3f}) {self.protocol}>"
 
 
 def average_precision(
-    found: Accuracy | Iterable[Mapping[str, Any]],
+    found: Accuracy | Detections | Iterable[Mapping[str, Any]],
     data: Dataset | Sequence[Sample],
     *,
     overlap: Overlap = "mask",
     class_agnostic: bool = False,
-    max_detections: Sequence[int] = (1, 10, 100),
+    max_detections: Sequence[int] | None = None,
+    rules: Rules | None = None,
+    groups: Mapping[int, str] | None = None,
     source: str = "detections",
 ) -> AveragePrecision:
     """AP and AR of masks.
 
-    Give the result of an `accuracy` that kept its masks: every object's mask is then a detection of
-    the object's category, ranked by the model's own score. Or give detections in COCO's result
-    form: ``image_id``, ``category_id``, ``score`` and ``segmentation`` (run lengths, polygons or an
-    (H, W) bool array). A ``bbox`` is not looked at. Of equal scores the first counts as higher.
+    Give the masks of a detector's boxes, from `detections`. Or the result of an `accuracy` that
+    kept its masks: every object's mask is then a detection of the object's category, ranked by the
+    model's own score. Or detections in COCO's result form: ``image_id``, ``category_id``, ``score``
+    and ``segmentation`` (run lengths, polygons or an (H, W) bool array). A ``bbox`` is not looked
+    at. Of equal scores the first counts as higher.
 
     Args:
         found: the masks.
@@ -78,6 +102,10 @@ def average_precision(
         overlap: ``boundary`` takes for each pair the lower of mask IoU and boundary IoU.
         class_agnostic: leave categories out, for data or detections that have none.
         max_detections: how many of an image may count, best scores first; AP is that of the most.
+            1, 10 and 100 if left out, by LVIS's rules 300.
+        rules: ``lvis`` judges a detection only where the image is known to hold or to lack its
+            category, and takes the best 300 of an image; if left out, as the data are annotated.
+        groups: a name for each category, for an AP of each group, as LVIS's ``frequency``.
         source: where detections come from, for the protocol id; an accuracy says it itself.
 
     Raises:
@@ -86,7 +114,8 @@ def average_precision(
             a detection is damaged or of an image that is not there.
 
     Source:
-        Lin et al. 2014, arXiv 1405.0312; for boundaries Cheng et al. 2021, arXiv 2103.16562.
+        Lin et al. 2014, arXiv 1405.0312; for boundaries Cheng et al. 2021, arXiv 2103.16562; for
+        LVIS Gupta et al. 2019, arXiv 1908.03195.
 
     Example:
         >>> import samcompress as sc
@@ -96,24 +125,64 @@ def average_precision(
         >>> 0 <= result.ap <= result.ap50 <= 1
         True
     """
-    limits = sorted(set(max_detections))
+    data = as_dataset(data)
+    rules = _rules(rules, data, class_agnostic)
+    limits = _limits(max_detections, rules)
     if overlap not in get_args(Overlap):
         raise ConfigError("unknown overlap.", got=overlap, expected=" | ".join(get_args(Overlap)))
+    make = _Entries(overlap == "boundary", class_agnostic)
+    truths, images = _truths(data, make)
+    detector = None
+    if isinstance(found, (Accuracy, Detections)):
+        _same_data(found.data, data)
+    if isinstance(found, Accuracy):
+        source, entries = _of_accuracy(found, make)
+    elif isinstance(found, Detections):
+        source, detector = found.source, found.boxes.facts()
+        entries = _of_results(found.results, images, {sample.id for sample in data}, make)
+    else:
+        entries = _of_results(found, images, {sample.id for sample in data}, make)
+    if rules == "lvis":
+        entries = federated(truths, entries, images, limits[-1])
+    run = score(
+        truths, entries, images, limits, rims=overlap == "boundary", lenient=rules == "lvis"
+    )
+    categories = "no" if class_agnostic else "yes"
+    name = f"{data.name}#{len(data)}/{source}/AP:{overlap}/categories={categories}"
+    name += ",rules=lvis" if rules == "lvis" else ""
+    counts = ",".join(map(str, limits))
+    return _result(f"{name}/max={counts}", run, limits, groups or {}, detector)
+
+
+def _rules(rules: Rules | None, data: Dataset, class_agnostic: bool) -> Rules:
+    if rules is None:
+        told = any(sample.negative or sample.not_exhaustive for sample in data)
+        return "lvis" if told and not class_agnostic else "coco"
+    if rules not in get_args(Rules):
+        raise ConfigError("unknown rules.", got=rules, expected=" | ".join(get_args(Rules)))
+    if rules == "lvis" and class_agnostic:
+        raise ConfigError(
+            "LVIS's rules are about categories.", got="class_agnostic=True", expected='rules="coco"'
+        )
+    return rules
+
+
+def _limits(max_detections: Sequence[int] | None, rules: Rules) -> list[int]:
+    if max_detections is None:
+        return [300] if rules == "lvis" else [1, 10, 100]
+    limits = sorted(set(max_detections))
     if not limits or limits[0] < 1:
         raise ConfigError(
             "max_detections is a list of counts.", got=max_detections, expected="(1, 10, 100)"
         )
-    data = as_dataset(data)
-    make = _Entries(overlap == "boundary", class_agnostic)
-    truths, sizes = _truths(data, make)
-    if isinstance(found, Accuracy):
-        source, detections = _of_accuracy(found, data, make)
-    else:
-        detections = _of_results(found, sizes, {sample.id for sample in data}, make)
-    run = _run(truths, detections, sizes, limits, rims=overlap == "boundary")
-    rules = f"AP:{overlap}/categories={'no' if class_agnostic else 'yes'}"
-    counts = ",".join(map(str, limits))
-    return _result(f"{data.name}#{len(data)}/{source}/{rules}/max={counts}", run, limits)
+    return limits
+
+
+def _same_data(made_on: str, data: Dataset) -> None:
+    if made_on != f"{data.name}#{len(data)}":
+        raise ConfigError(
+            "these masks are of other data.", got=made_on, expected=f"{data.name}#{len(data)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -138,11 +207,12 @@ class _Entries:
         return entry
 
 
-def _truths(data: Dataset, make: _Entries) -> tuple[list[Entry], dict[Any, tuple[int, int]]]:
-    """The objects of the data, and the size of every image that could be read."""
-    truths, sizes = [], {}
+def _truths(data: Dataset, make: _Entries) -> tuple[list[Entry], dict[Any, Seen]]:
+    """The objects of the data, and every image that could be read."""
+    truths, images = [], {}
     for sample in data.readable():
-        sizes[sample.id] = sample.size
+        unsure = frozenset(sample.negative), frozenset(sample.not_exhaustive)
+        images[sample.id] = Seen(sample.size, *unsure)
         for instance in sample.instances:
             if instance.category is None and not make.class_agnostic:
                 raise DataError(
@@ -155,17 +225,11 @@ def _truths(data: Dataset, make: _Entries) -> tuple[list[Entry], dict[Any, tuple
             truths.append({**entry, "area": instance.area, "iscrowd": int(instance.crowd)})
     if all(entry["iscrowd"] for entry in truths):
         raise DataError("there is no object to find.", where=data.name, expected="one or more")
-    return truths, sizes
+    return truths, images
 
 
-def _of_accuracy(found: Accuracy, data: Dataset, make: _Entries) -> tuple[str, list[Entry]]:
+def _of_accuracy(found: Accuracy, make: _Entries) -> tuple[str, list[Entry]]:
     """How the accuracy asked, and its masks as detections."""
-    if found.settings.data != f"{data.name}#{len(data)}":
-        raise ConfigError(
-            "this accuracy is of other data.",
-            got=found.settings.data,
-            expected=f"{data.name}#{len(data)}",
-        )
     entries = []
     for record in found.records:
         if record.mask is None:
@@ -177,12 +241,12 @@ def _of_accuracy(found: Accuracy, data: Dataset, make: _Entries) -> tuple[str, l
         entry = make(record.image_id, record.category, record.mask)
         entries.append({**entry, "score": record.score})
     # Without the name of the data, which stands first anyway, and the average, which AP has not.
-    return found.protocol.removeprefix(f"{found.settings.data}/").rsplit("/", 1)[0], entries
+    return found.protocol.removeprefix(f"{found.data}/").rsplit("/", 1)[0], entries
 
 
 def _of_results(
     found: Iterable[Mapping[str, Any]],
-    sizes: Mapping[Any, tuple[int, int]],
+    images: Mapping[Any, Seen],
     known: set[Any],
     make: _Entries,
 ) -> list[Entry]:
@@ -204,86 +268,32 @@ def _of_results(
             raise DataError("score is not finite.", where=where, got=score)
         if image not in known:
             raise DataError("there is no such image in the data.", where=where, got=repr(image))
-        if image not in sizes:
+        if image not in images:
             continue  # of an image that could not be read
+        size = images[image].size
         try:
-            mask = shape if isinstance(shape, np.ndarray) else decoder(shape, sizes[image])()
+            mask = shape if isinstance(shape, np.ndarray) else decoder(shape, size)()
         except DataError as err:
             err.where = where
             raise
-        if mask.shape != sizes[image] or mask.dtype != bool:
+        if mask.shape != size or mask.dtype != bool:
             raise DataError(
                 "mask does not fit its image.",
                 where=where,
                 got=f"{mask.shape} {mask.dtype}",
-                expected=f"{sizes[image]} bool",
+                expected=f"{size} bool",
             )
         entries.append({**make(image, category, encode(mask), mask), "score": score})
     return entries
 
 
-def _run(
-    truths: list[Entry],
-    detections: list[Entry],
-    sizes: Mapping[Any, tuple[int, int]],
+def _result(
+    protocol: str,
+    run: Any,
     limits: Sequence[int],
-    *,
-    rims: bool,
-) -> Any:
-    """A finished COCOeval."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    # Numbers for ids, which may be texts; from 1 on, as the scorer takes object 0 for none.
-    numbers = {key: number for number, key in enumerate(sorted(sizes, key=_order), 1)}
-    images = [{"id": n, "height": sizes[k][0], "width": sizes[k][1]} for k, n in numbers.items()]
-    categories = sorted({entry["category_id"] for entry in truths})
-    with redirect_stdout(io.StringIO()):  # it prints at every step
-        sides = [COCO(), COCO()]
-        for side, entries in zip(sides, (truths, detections), strict=True):
-            side.dataset = {
-                "images": images,
-                "categories": [{"id": category} for category in categories],
-                "annotations": [
-                    {**entry, "image_id": numbers[entry["image_id"]], "id": number}
-                    for number, entry in enumerate(entries, 1)
-                ],
-            }
-            side.createIndex()
-        run: Any = COCOeval(*sides, "segm")
-        run.params.maxDets = list(limits)
-        run.params.areaRng = [[0.0, math.inf], *map(list, SIZES.values())]
-        run.params.areaRngLbl = ["all", *SIZES]
-        if rims:
-            run.computeIoU = _lower(run)
-        run.evaluate()
-        run.accumulate()
-    return run
-
-
-def _lower(run: Any) -> Any:
-    """The scorer's overlap of an image's masks, no higher than that of their rims."""
-    from pycocotools import mask as coco
-
-    plain = run.computeIoU
-
-    def overlap(image: int, category: int) -> Any:
-        masks = plain(image, category)
-        truths, found = run._gts[image, category], run._dts[image, category]
-        if not truths or not found:
-            return masks
-        # The scorer's own order of detections.
-        order = np.argsort([-d["score"] for d in found], kind="mergesort")[: len(masks)]
-        rims = coco.iou(
-            [found[i]["rim"] for i in order], [t["rim"] for t in truths], [0] * len(truths)
-        )
-        crowd = np.array([bool(t["iscrowd"]) for t in truths])
-        return np.where(crowd, masks, np.minimum(masks, rims))
-
-    return overlap
-
-
-def _result(protocol: str, run: Any, limits: Sequence[int]) -> AveragePrecision:
+    groups: Mapping[int, str],
+    detector: dict[str, Any] | None,
+) -> AveragePrecision:
     """Numbers out of the scorer's arrays: -1 there stands for "no object"."""
     precision, recall = run.eval["precision"], run.eval["recall"]
     truths = [t for t in run.cocoGt.dataset["annotations"] if not t["iscrowd"]]
@@ -307,6 +317,10 @@ def _result(protocol: str, run: Any, limits: Sequence[int]) -> AveragePrecision:
         }
         for k, (name, (low, high)) in enumerate(SIZES.items(), 1)
     }
+    by_group = {
+        name: mean(precision[:, :, [groups.get(c) == name for c in run.params.catIds], 0, -1])
+        for name in dict.fromkeys(groups.values())
+    }
     ap: Any = mean(precision[:, :, :, 0, -1])
     return AveragePrecision(
         protocol=protocol,
@@ -318,4 +332,6 @@ def _result(protocol: str, run: Any, limits: Sequence[int]) -> AveragePrecision:
         n_images=len(run.params.imgIds),
         n_instances=len(truths),
         n_detections=len(run.cocoDt.dataset["annotations"]),
+        by_group=by_group,
+        detector=detector,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,17 @@ from torch import nn
 from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Sample, as_dataset
-from ..core.errors import CheckpointError, ConfigError, DataError
+from ..core.errors import CheckpointError, ConfigError, DataError, SamCompressError
 from ..core.files import write_whole
 from . import schema
-from .devices import unavailable
+from .devices import refusal, unavailable
 from .environment import environment
 from .latency import Rounds
+from .presets import preset_protocol
 from .protocol import Protocol
-from .row import Job, Row, Subject, absent_row, measure_row, plan_row
+from .remote import Launcher
+from .row import FAILURES, Job, Row, Subject, absent_row, measure_row, plan_row, sentence
+from .runtimes import Variant, with_runtimes
 
 if TYPE_CHECKING:
     from .report import Report
@@ -39,6 +43,9 @@ def benchmark(
     accuracy: bool = True,
     latency: bool = True,
     memory: bool = True,
+    energy: bool = False,
+    backends: Sequence[str] = (),
+    on: str | Launcher | None = None,
     rounds: Rounds | int | None = None,
     batches: Sequence[int] = (),
     threads: int | None = None,
@@ -63,16 +70,22 @@ def benchmark(
         models: SAMs, or what `sc.load` takes, by the names they get in tables.
         data: images with masks.
         prompts: how objects are asked for, see `samcompress.evaluate.prompts`.
-        devices: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        devices: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``edge-tpu``.
         base: name of the model the others are compared with; the first if left out.
         accuracy: measure it.
         latency: measure it; other models take turns with the base, call by call, and tables show
             their times as the base's over the ratio so found.
         memory: measure it, in a process of its own for each row.
+        energy: measure it where the device has a counter, else say why not.
+        backends: runtimes that each model is exported to, a row each: ``"onnxruntime"``,
+            ``"openvino:int8"``, ``"all"``. One that is not installed gives a row that says so.
+        on: another machine: ``"ssh:me@pi"``, ``"cmd:..."``, see `Launcher`. The devices are then
+            its devices, the environment of the result its environment. A machine that cannot be
+            reached at the start is an error; one that fails later gives rows that say so.
         rounds: how often calls are repeated; ``Rounds.quick()`` for a first look; a number for
-            exactly so many calls, see `Rounds.exactly`.
+            exactly so many calls, see `Rounds.exactly`; ``Rounds(processes=5)`` for intervals.
         batches: batch sizes for the encoder's throughput.
-        threads: CPU threads inside an operator for speed and memory.
+        threads: CPU threads inside an operator for speed and memory, bound to as many CPUs.
         batch_size: images encoded at once for accuracy.
         out: JSON file, or a folder that gets a ``results.json``.
         resume: take finished rows from `out`; False starts anew and replaces the file.
@@ -83,6 +96,7 @@ def benchmark(
         ConfigError: if a name, device or prompt is unknown, or `out` holds results of other
             conditions.
         DataError: if there is nothing to score.
+        BackendError: if the other machine cannot be reached.
         CheckpointError: if `out` cannot be read or written.
 
     Example:
@@ -103,6 +117,7 @@ def benchmark(
         accuracy=accuracy,
         latency=latency,
         memory=memory,
+        energy=energy,
         rounds=Rounds.exactly(rounds) if isinstance(rounds, int) else rounds or Rounds(),
         batches=tuple(batches),
         threads=threads,
@@ -111,27 +126,97 @@ def benchmark(
         progress=progress,
     )
     base = _check(models, base, devices, job)
-    doc = _document(job)
+    every = with_runtimes(models, backends)
+    place = _Here() if on is None else _There(on, devices)
+    doc = _document(job, place)
     path = None if out is None else _file(Path(out))
-    run = _Run(models, base, doc, path, job)
+    run = _Run(every, base, doc, path, job, place)
     if path is not None and resume and path.exists():
         run.resume(_read(path))
-    order = [base, *(name for name in models if name != base)]
+    order = [base, *(name for name in every if name != base)]
     pairs = [(device, name) for device in devices for name in order]
     for device, name in Progress(progress, "benchmark").track(pairs, label="rows"):
         run.row(name, device)
-    asked = [(device, name) for device in devices for name in models]
+    asked = [(device, name) for device in devices for name in every]
     doc["rows"].sort(key=lambda row: asked.index((row["device"], row["name"])))
     run.write()
     return Report(doc)
+
+
+class _Here:
+    """This machine measures."""
+
+    def __init__(self) -> None:
+        self.environment = environment()
+        self.settings: Row = {}
+
+    def unavailable(self, device: str) -> str | None:
+        return unavailable(device)
+
+    def holds(self, device: str) -> str:
+        """Where models are held while they are measured."""
+        return device
+
+    def row(
+        self, subject: Subject, device: str, base: Subject, base_row: Row | None, job: Job
+    ) -> Row:
+        reason = refusal(subject.model, device)
+        if reason is not None:
+            return absent_row(subject.name, device, base=subject is base, reason=reason)
+        row = plan_row(subject, device, base)
+        measure_row(row, subject, base, base_row, job)
+        return row
+
+
+class _There:
+    """Another machine measures; a row comes from it whole or says what happened."""
+
+    def __init__(self, on: str | Launcher, devices: Sequence[str]) -> None:
+        self.launcher = Launcher(on) if isinstance(on, str) else on
+        found = self.launcher.look(devices)
+        self.environment: Row = found["environment"]
+        self.settings: Row = {"on": self.launcher.spec}
+        self.reasons: dict[str, str | None] = found["unavailable"]
+
+    def unavailable(self, device: str) -> str | None:
+        return self.reasons.get(device, "the other machine does not know this device")
+
+    def holds(self, device: str) -> str:
+        return "cpu"
+
+    def row(
+        self, subject: Subject, device: str, base: Subject, base_row: Row | None, job: Job
+    ) -> Row:
+        try:
+            row = self.launcher.row(subject, device, base, base_row, job)
+            schema.check_row(row, where=self.launcher.spec)
+        except FAILURES as err:
+            log.warning("%s on %s was not measured: %s", subject.name, self.launcher.spec, err)
+            is_base, reason = subject is base, sentence(err)
+            return absent_row(subject.name, device, base=is_base, reason=reason)
+        # The machine measures; which model it was is known here.
+        return row | {
+            "name": subject.name,
+            "device": device,
+            "base": subject is base,
+            "identity": subject.identity,
+            "base_identity": base.identity,
+        }
 
 
 class _Run:
     """The rows so far, and where they are kept."""
 
     def __init__(
-        self, models: Mapping[str, Model], base: str, doc: Row, path: Path | None, job: Job
+        self,
+        models: Mapping[str, Model | Variant],
+        base: str,
+        doc: Row,
+        path: Path | None,
+        job: Job,
+        place: _Here | _There,
     ) -> None:
+        self.place = place
         self.models = models
         self.base = base
         self.doc = doc
@@ -167,21 +252,35 @@ class _Run:
         is_base = name == self.base
         if is_base:
             self.base_subject = None  # the one on the device before; two at once may be too much
-        reason = unavailable(device)
+        reason = self.place.unavailable(device)
         if reason is not None:
             row = absent_row(name, device, base=is_base, reason=reason)
         else:
-            subject = Subject.of(name, self.models[name], device)
-            self.base_subject = base = subject if is_base else self.base_subject or subject
-            row = plan_row(subject, device, base)
-            same = ("identity", "base_identity", "base")
-            if old and old["status"] == "measured" and all(old.get(k) == row[k] for k in same):
-                log.info("%s on %s: taken from %s", name, device, self.path)
-                row = old
-            else:
-                measure_row(row, subject, base, self._base_row(device), self.job)
+            row = self._present(name, device, old)
         self.doc["rows"].append(row)
         self.write()
+
+    def _present(self, name: str, device: str, old: Row | None) -> Row:
+        source, is_base = self.models[name], name == self.base
+        variant = source if isinstance(source, Variant) else None
+        model = source.model if isinstance(source, Variant) else source
+        subject = Subject.of(name, model, self.place.holds(device))
+        if is_base:
+            self.base_subject = subject
+        base = self.base_subject or subject
+        identity = variant.identity(subject.identity) if variant else subject.identity
+        known = {"identity": identity, "base_identity": base.identity, "base": is_base}
+        if old and old["status"] == "measured" and all(old.get(k) == v for k, v in known.items()):
+            log.info("%s on %s: taken from %s", name, device, self.path)
+            return old
+        if variant:
+            try:
+                made = variant.make(subject.model, self.job.data)
+            except SamCompressError as err:
+                log.warning("%s could not be exported: %s", name, err)
+                return absent_row(name, device, base=False, reason=sentence(err))
+            subject = replace(Subject.of(name, made, self.place.holds(device)), identity=identity)
+        return self.place.row(subject, device, base, self._base_row(device), self.job)
 
     def write(self) -> None:
         """Write all rows, whole or not at all; old ones not yet reached again stay."""
@@ -213,13 +312,16 @@ def _check(models: Mapping[str, Model], base: str | None, wanted: Sequence[str],
         unavailable(spec)
     if not job.prompts:
         raise ConfigError("prompts is a list.", got=repr(job.prompts), expected='("box", "point")')
+    rules = {k: v for k, v in job.protocol.items() if k != "presets"}
     for prompt in job.prompts:
-        Protocol(data=job.data.name, prompt=prompt, **job.protocol)
+        Protocol(data=job.data.name, prompt=prompt, **rules)
+    for name in job.protocol.get("presets", ()):
+        preset_protocol(name, job.data.name)
     return base
 
 
-def _document(job: Job) -> Row:
-    data, machine = job.data, environment()
+def _document(job: Job, place: _Here | _There) -> Row:
+    data, machine = job.data, place.environment
     return {
         "format": schema.FORMAT,
         "samcompress": machine["samcompress"],
@@ -233,7 +335,7 @@ def _document(job: Job) -> Row:
             "note": data.note,
             "skipped": [vars(item) for item in data.skipped],
         },
-        "settings": job.settings(),
+        "settings": {**job.settings(), **place.settings},
         "rows": [],
     }
 

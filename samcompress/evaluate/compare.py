@@ -146,17 +146,19 @@ def compare(first: Report | str | Path, second: Report | str | Path) -> Comparis
 
 
 def _differences(first: Row, second: Row) -> list[Difference]:
-    entries = {_slot(a): a for a in first.get("accuracy") or ()}
-    others = {_slot(a): a for a in second.get("accuracy") or ()}
+    entries = {a["protocol"]: a for a in first.get("accuracy") or ()}
+    others = {a["protocol"]: a for a in second.get("accuracy") or ()}
     found = []
-    for slot in (slot for slot in entries if slot in others):
-        one, two = (Accuracy.from_dict(entry[slot]) for entry in (entries, others))
+    for protocol in (protocol for protocol in entries if protocol in others):
+        entry = entries[protocol]
+        one, two = (Accuracy.from_dict(kept[protocol]) for kept in (entries, others))
         pair = two.against(one)
         found.append(
             Difference(
                 first["name"],
                 first["device"],
-                *slot,
+                entry["prompt"],
+                entry["choice"],
                 one.miou,
                 two.miou,
                 pair.delta,
@@ -167,8 +169,7 @@ def _differences(first: Row, second: Row) -> list[Difference]:
     if entries and others and not found:
         raise ConfigError(
             f"{first['name']} was measured by different protocols.",
-            got=f"{', '.join(a['protocol'] for a in entries.values())} and "
-            f"{', '.join(a['protocol'] for a in others.values())}",
+            got=f"{', '.join(entries)} and {', '.join(others)}",
             expected="one protocol in common",
         )
     return found
@@ -194,10 +195,6 @@ def _same_data(first: Row, second: Row) -> None:
 def _machine(doc: Row) -> tuple[Any, ...]:
     machine = doc["environment"]
     return machine.get("cpu"), machine.get("threads"), str(machine.get("gpus"))
-
-
-def _slot(entry: Row) -> tuple[str, str]:
-    return entry["prompt"], entry["choice"]
 
 
 def _list(rows: dict[tuple[str, str], Row]) -> str:

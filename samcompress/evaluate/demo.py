@@ -16,7 +16,8 @@ from ..core.files import write_whole
 from ..core.load import load
 from ..core.pipeline import Pipeline
 from .benchmark import benchmark
-from .latency import Rounds, _threads
+from .devices import pinned
+from .latency import Rounds
 from .plots import png
 from .recipes import recipe
 from .report import Report
@@ -73,7 +74,7 @@ def demo(
     """
     folder = Path(out)
     # The layers of `tiny` are too small for two threads: they would wait for one another.
-    with _threads(1):
+    with pinned(1):
         models, absent, test = _compress(folder, images, say, progress)
         say(f"measuring {len(models)} models on {len(test)} scenes they have not seen")
         report = benchmark(models, test, rounds=rounds, memory=memory, threads=1, progress=progress)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..core.display import Cell, Column, Table, number
 from ..core.errors import DataError
-from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots, speedup
-from .plots import pareto, time_split, waterfall
+from .measures import MEASURES, Row, accuracy_of, interval, measure, slot_name, slots, speedup
+from .plots import CROWD, pareto, time_split, waterfall
+from .published import MARK, overlays, table
+from .stats import pareto as front
 from .worst import Worst, cases, mask_grid
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .report import Report
+    from .study import Study
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -32,8 +35,9 @@ thead { border-bottom: 2px solid #8886; }
 tbody tr { border-top: 1px solid #8883; }
 .lead { opacity: .75; margin-top: 0; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem 2rem; align-items: flex-start; }
-figure { margin: 1rem 0 0; flex: 1 1 26rem; max-width: 36rem; }
-figure svg { width: 100%; height: auto; }
+figure { margin: 1rem 0 0; flex: 1 1 26rem; min-width: 0; max-width: min(36rem, 100%);
+  overflow-x: auto; }
+figure svg { width: 100%; min-width: 28rem; height: auto; }
 figcaption { font-size: .88rem; opacity: .8; }
 pre { background: #8881; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; }
 pre, code { font-size: .88rem; }
@@ -42,35 +46,52 @@ summary { cursor: pointer; padding: .2rem 0; }
 
 
 def page(
-    report: Report, *, data: Any = None, models: Mapping[str, nn.Module], worst: int = 6
+    report: Report,
+    *,
+    data: Any = None,
+    models: Mapping[str, nn.Module],
+    worst: int = 6,
+    published: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole page; see `Report.html` for the arguments."""
     doc = report.doc
-    body = [
-        "<h1>samcompress report</h1>",
-        f'<p class="lead">{escape(_origin(doc))}</p>',
-    ]
+    few = chosen(report)
+    body = []
+    if "study" in doc:
+        body.append(_section("Study", _study(report)))
     for device in report.devices:
         heading = f" on {device}" if len(report.devices) > 1 else ""
         body += [
-            _section(f"Results{heading}", _headline(report, device), report.table(device).html()),
-            _section(f"Pictures{heading}", _pictures(report, device)),
-            _section(f"Worst masks{heading}", _worst(report, device, data, models, worst)),
+            _section(f"Results{heading}", _headline(few, device), report.table(device).html()),
+            _section(f"Pictures{heading}", _pictures(report, few, device, published)),
+            _section(f"Worst masks{heading}", _worst(few, device, data, models, worst)),
         ]
     body += [
-        _section("Recipes to copy", *(_recipe(row) for row in _first(report.rows))),
+        *(_section(title, part._repr_html_()) for title, part in (more or {}).items()),
+        _section("Recipes to copy", *(_recipe(row) for row in _first(few.rows))),
         _section("Data and licence", _pairs(doc["data"])),
         _section("Environment", _pairs(doc["environment"])),
         _section("Settings", _pairs(doc["settings"])),
         _section("What was not measured", _not_measured(report)),
     ]
-    title = escape(f"samcompress: {doc['data']['name']}")
+    return document("samcompress report", _origin(doc), body)
+
+
+def document(title: str, lead: str, parts: Sequence[str]) -> str:
+    """A page that needs no other.
+
+    Args:
+        title: heading of the page and of its tab.
+        lead: a sentence below it.
+        parts: HTML.
+    """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
+        f"<title>{escape(title)}: {escape(lead.partition(': ')[0])}</title>"
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f'<p class="lead">{escape(lead)}</p>\n' + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
@@ -154,7 +175,8 @@ def _not_measured(report: Report) -> str:
         f"Devices other than {', '.join(report.devices)}: times and memory are those of "
         "the machine described under Environment, and of no other.",
         f"Prompts other than {', '.join(slot_name(slot, known) for slot in known) or 'none'}; "
-        "detection (AP); segmenting everything; energy.",
+        "detection (AP); segmenting everything"
+        + ("." if any(row.get("energy") for row in report.rows) else "; energy."),
     ]
     return f"<ul>{''.join(f'<li>{escape(gap)}</li>' for gap in gaps)}</ul>"
 
@@ -162,15 +184,73 @@ def _not_measured(report: Report) -> str:
 # --- pictures ---
 
 
-def _pictures(report: Report, device: str) -> str:
+def chosen(report: Report) -> Report:
+    """The base and what no other row beats, where there are too many rows to draw them all."""
+    if len(report.rows) <= CROWD:
+        return report
+    if "study" in report.doc:
+        best = [row["name"] for row in _study_of(report).front]
+        rows = [row for row in report.rows if row["base"] or row["name"] in best]
+        return type(report)({**report.doc, "rows": rows})
+    rows = []
+    for device in report.devices:
+        here = report.select(device)
+        known = slots(here)
+        gains = [measure(f"miou:{slot_name(slot, known)}", here).read for slot in known]
+        values = [[_or_nan(gain(row)[0]) for gain in gains] for row in here]
+        timed = any(MEASURES["latency_ms"].read(row)[0] is not None for row in here)
+        cost = MEASURES["latency_ms" if timed else "size_mb"].read
+        unbeaten = front([_or_nan(cost(row)[0]) for row in here], values)
+        rows += [row for row, on in zip(here, unbeaten, strict=True) if on or row["base"]]
+    return type(report)({**report.doc, "rows": rows})
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _study_of(report: Report) -> Study:
+    from .study import Study
+
+    return Study(report.doc)
+
+
+def _study(report: Report) -> str:
+    """What was searched, what it found, and what was refused."""
+    study = _study_of(report)
+    parts = [study.table().html()]
+    if study.refused:
+        title = f"{len(study.refused)} chains are not in the running"
+        parts.append(_folded(title, study.refusals().html()))
+    space = study.facts.get("space")
+    if space:
+        text = escape(json.dumps({k: v for k, v in space.items() if k != "left_out"}, indent=1))
+        parts.append(_folded("The space that was searched", f"<pre>{text}</pre>"))
+        left = list(space.get("left_out", {}).items())
+        columns = (Column("technique", align="left"), Column("why", align="left"))
+        title = f"{len(left)} techniques were not tried"
+        parts += [_folded(title, Table(columns, left).html())] if left else []
+    return "".join(parts)
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _pictures(report: Report, few: Report, device: str, published: Sequence[str]) -> str:
     rows = report.select(device)
     known = slots(rows)
     made = []
+    if few is not report:
+        text = "There are too many models to draw each: steps and times are those of the base "
+        made.append(f"<p>{text}and of models that no other one beats.</p>")
     for slot in (slot_name(s, known) for s in known):
         caption = f"Which one shall I take? Accuracy against time, prompt: {slot}. "
         caption += "The base is the star; grey ones are beaten in both."
-        made.append(_try(caption, pareto, report, y=f"miou:{slot}", device=device))
-    for row in rows:
+        caption += f" Pink: {MARK}." if published else ""
+        what = {"y": f"miou:{slot}", "device": device, "published": published}
+        made.append(_try(caption, pareto, report, **what))
+    for row in few.select(device):
         if len(row["lineage"]) > 1:
             caption = f"Which step of {row['name']} earned what (above), and cost what (below)?"
             made.append(_try(caption, waterfall, report, row["name"], device=device))
@@ -178,8 +258,17 @@ def _pictures(report: Report, device: str) -> str:
         (1, "Where the time of one image with one prompt goes."),
         (32, "The same with 32 prompts: the decoder runs for each of them."),
     ):
-        made.append(_try(caption, time_split, report, prompts=prompts, device=device))
-    return f'<div class="pictures">{"".join(made)}</div>'
+        made.append(_try(caption, time_split, few, prompts=prompts, device=device))
+    tables = [
+        table(
+            overlays(published, "latency_ms", f"miou:{slot_name(s, known)}"),
+            "ms",
+            f"mIoU, {slot_name(s, known)}",
+        ).html()
+        for s in known
+        if published
+    ]
+    return f'<div class="pictures">{"".join(made)}</div>{"".join(tables)}'
 
 
 def _try(caption: str, draw: Callable[..., Figure], *args: Any, **kwargs: Any) -> str:

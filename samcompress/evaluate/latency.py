@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..core.contract import device_of
 from ..core.errors import ConfigError, ModelError
 from ..core.history import lineage
 from ..core.timing import Call, Rounds, Timing, Work, evaluating, time_many
-from .devices import device
+from .devices import device, pinned
 
 __all__ = [
     "PARTS",
@@ -43,6 +42,8 @@ class Latency:
         end_to_end: encoder and one box, from a preprocessed image to low-resolution logits.
         throughput: images a second through the encoder, by batch size.
         threads: CPU threads used inside an operator.
+        settings: what else times depend on: CPUs the threads were bound to, precision of products,
+            and a GPU's clock when the measurement began and ended.
     """
 
     preprocess: Timing
@@ -52,6 +53,7 @@ class Latency:
     end_to_end: Timing
     throughput: dict[int, float]
     threads: int
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -63,6 +65,7 @@ class Latency:
                 "best_batch": best,
             },
             "threads": self.threads,
+            "settings": self.settings,
         }
 
 
@@ -79,9 +82,10 @@ def latency(
     Args:
         model: a SAM.
         image: (H, W, 3) uint8 that pre- and postprocessing use; 480 x 640 of noise if left out.
-        rounds: how often to repeat.
+        rounds: how often to repeat; in this process, whatever `Rounds.processes` says.
         batches: batch sizes to measure the encoder's throughput at.
-        threads: CPU threads inside an operator; as set in this process if left out.
+        threads: CPU threads inside an operator, each bound to a CPU of its own; as they are in this
+            process if left out.
 
     Example:
         >>> from samcompress.core.build import build
@@ -143,11 +147,17 @@ def latency_many(
         )
     at = device(places.pop())
     rounds = rounds or Rounds()
-    with _threads(threads) as used, evaluating(models.values()), torch.inference_mode():
+    # Where the number of calls is given, it is kept to.
+    settle = rounds.warmup_seconds > 0 and any(_compiled(model) for model in models.values())
+    clocks: list[float | None] = []
+    with pinned(threads) as used, evaluating(models.values()), torch.inference_mode():
         work = {name: Work(model, image) for name, model in models.items()}
         # The parts take turns too: only so do encoder and prompt add up to end_to_end.
         calls = {(name, part): getattr(w, part) for name, w in work.items() for part in PARTS}
-        timings = time_many(calls, at, rounds)
+        timings = time_many(
+            calls, at, rounds, settle=settle, border=lambda: clocks.append(at.clock_mhz())
+        )
+        settings = at.settings() | _clock(clocks)
         flows: dict[str, dict[int, float]] = {name: {} for name in models}
         for batch in batches:
             batched = {name: w.batched(batch) for name, w in work.items()}
@@ -155,7 +165,10 @@ def latency_many(
                 flows[name][batch] = batch * 1e3 / timing.median_ms
     return {
         name: Latency(
-            **{part: timings[name, part] for part in PARTS}, throughput=flows[name], threads=used
+            **{part: timings[name, part] for part in PARTS},
+            throughput=flows[name],
+            threads=used,
+            settings=settings,
         )
         for name in models
     }
@@ -172,14 +185,13 @@ def one_call(model: nn.Module) -> Call:
     return call
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[int]:
-    before = torch.get_num_threads()
-    if number is not None:
-        if number < 1:
-            raise ConfigError("threads is out of range.", got=number, expected="at least 1")
-        torch.set_num_threads(number)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+def _compiled(model: nn.Module) -> bool:
+    return any(step.transform.terminal for step in lineage(model))
+
+
+def _clock(seen: Sequence[float | None]) -> dict[str, Any]:
+    """A clock that falls by more than a twentieth: the GPU was too hot, or short of power."""
+    first, last = seen[0], seen[-1]
+    if first is None or last is None:
+        return {}
+    return {"clock_mhz": [first, last], "throttled": last < 0.95 * first}

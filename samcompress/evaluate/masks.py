@@ -6,7 +6,7 @@ All masks are boolean numpy arrays at the original size of their image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,20 @@ def boundary_iou(predicted: Mask, target: Mask, *, ratio: float = 0.02) -> float
         Cheng et al. 2021, arXiv 2103.16562.
     """
     return float(iou(boundary(predicted, ratio=ratio), boundary(target, ratio=ratio)))
+
+
+def box_iou(mask: Mask, box: Sequence[float]) -> float:
+    """IoU of a mask with all pixels whose centre lies in a box; 1 where there are none in either.
+
+    Args:
+        mask: (H, W) bool.
+        box: x0, y0, x1, y1 in pixels, not rounded.
+    """
+    x0, y0, x1, y1 = (max(0, math.ceil(value - 0.5)) for value in box)
+    inside = mask[y0:y1, x0:x1]
+    both = np.count_nonzero(inside)
+    either = np.count_nonzero(mask) + inside.size - both
+    return both / either if either else 1.0
 
 
 def tight_box(mask: Mask) -> tuple[int, int, int, int] | None:

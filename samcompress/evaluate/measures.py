@@ -82,6 +82,9 @@ MEASURES = {
         "image encoder + 1 prompt", "ms", "time and memory", _timing("end_to_end")
     ),
     "memory_mb": Measure("peak memory", "MB", "time and memory", _peak),
+    "energy_j": Measure(
+        "energy of an image", "J", "time and memory", _plain("energy", "joules_per_image")
+    ),
 }
 
 

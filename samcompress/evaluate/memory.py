@@ -72,7 +72,7 @@ def memory(
     Args:
         source: a SAM, which is saved to a temporary folder first, or a folder that `sc.save` wrote.
         device: where the child runs it.
-        threads: CPU threads of the child; as torch chooses if left out.
+        threads: CPU threads of the child, bound to as many CPUs; as torch chooses if left out.
         timeout: seconds after which the child is given up.
 
     Raises:
@@ -96,10 +96,6 @@ def run_child(module: str, arguments: list[str], *, timeout: float) -> dict[str,
     Raises:
         BackendError: if it fails, takes too long, or prints no such line.
     """
-    # The child must find this very package, installed or not.
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
@@ -107,7 +103,7 @@ def run_child(module: str, arguments: list[str], *, timeout: float) -> dict[str,
             text=True,
             errors="replace",
             timeout=timeout,
-            env=environment,
+            env=package_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired as err:
@@ -131,6 +127,13 @@ def run_child(module: str, arguments: list[str], *, timeout: float) -> dict[str,
             got=done.stdout[-200:] or "no output",
         ) from err
     return found
+
+
+def package_environment() -> dict[str, str]:
+    """Variables with which a child finds this very package, installed or not."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 class Process:

@@ -7,13 +7,16 @@ those of Okabe and Ito, which people who see fewer colours can tell apart.
 from __future__ import annotations
 
 import io
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.display import number
 from ..core.errors import ConfigError, DataError
-from .measures import Row, measure, milliseconds, stages
+from .measures import Row, measure, milliseconds, slots, stages
+from .published import MARK, overlays
 from .stats import pareto as frontier
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 GREY = "#8c8c8c"
+CROWD, LONG = 14, 26  # models, and letters of a name, from which names no longer fit beside points
 
 
 def pareto(
@@ -32,12 +36,14 @@ def pareto(
     y: str = "miou",
     *,
     device: str | None = None,
+    published: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Figure:
     """Gain against cost: which model shall I take?
 
     The base is a star; what another model beats in both is grey; bars are half the interquartile
-    range of times and the 95 % interval of accuracies.
+    range of times and the 95 % interval of accuracies. Of many models, or such with long names,
+    those on the frontier are numbered and named below.
 
     Args:
         report: the results.
@@ -45,11 +51,14 @@ def pareto(
             ``"size_mb"``, ``"parameters"`` or ``"gmacs"``.
         y: the gain: ``"miou"``, or one prompt's, such as ``"miou:box"``.
         device: as in `Report.select`.
+        published: models of `sc.list_models` whose published figures are laid over it, hollow; a
+            dashed line where only the gain is published.
         ax: axes to draw into.
 
     Raises:
         ConfigError: as `Report.select`, or if there is no such measure.
         DataError: if no row has both.
+        UnknownTransformError: if a published model is unknown.
     """
     rows = report.select(device)
     cost, gain = measure(x, rows), measure(y, rows)
@@ -57,8 +66,12 @@ def pareto(
     if not rows:
         raise DataError("no row has both measures.", got=f"{cost.axis}, {gain.axis}")
     costs, gains = ([m.read(r)[0] for r in rows] for m in (cost, gain))
-    best = frontier(costs, gains)
-    figure, ax = axes(ax, (7.2, 4.2))
+    # What is beyond the budget of a search is drawn, and beats nothing.
+    inside = np.array([not row.get("beyond_budget") for row in rows])
+    best = np.zeros(len(rows), dtype=bool)
+    best[inside] = frontier(np.array(costs)[inside], np.array(gains)[inside])
+    crowded = len(rows) > CROWD or any(len(r["name"]) > LONG for r in rows if not r["base"])
+    figure, ax = axes(ax, (7.2, 4.2 + 0.2 * crowded * (best.sum() + 1)))
     order = sorted(np.flatnonzero(best), key=lambda i: costs[i])
     ax.plot(
         [costs[i] for i in order],
@@ -70,27 +83,85 @@ def pareto(
     )
     for i, row in enumerate(rows):
         colour = BLUE if best[i] else GREY
+        # Of many the bars of beaten ones would hide the others.
+        bars = best[i] or row["base"] or not crowded
         ax.errorbar(
             costs[i],
             gains[i],
-            xerr=cost.read(row)[1],
-            yerr=gain.read(row)[1],
+            xerr=cost.read(row)[1] if bars else None,
+            yerr=gain.read(row)[1] if bars else None,
             fmt="*" if row["base"] else "o",
-            markersize=15 if row["base"] else 7,
+            markersize=15 if row["base"] else 4 if crowded and not best[i] else 7,
             color=colour,
             ecolor=colour,
             elinewidth=1,
             capsize=2,
         )
+    _overlay(ax, published, x, f"miou:{y.partition(':')[2] or slots(rows)[0][0]}")
     ax.set_xlabel(cost.axis)
     ax.set_ylabel(gain.axis)
     ax.set_title(f"{report.doc['data']['name']}, {rows[0]['device']}", loc="left")
     ax.margins(x=0.15, y=0.15)
     ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))
     _plain(ax)
+    named = rows
+    if crowded:
+        named = _numbered(ax, rows, order)
+    elif published:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), fontsize=8)
     figure.draw_without_rendering()  # lays the axes out, so that places on the page are known
-    _labels(ax, rows, costs, gains, best)
+    _labels(ax, named, costs, gains, best)
     return figure
+
+
+def _numbered(ax: Axes, rows: list[Row], order: list[Any]) -> list[Row]:
+    """Numbers as names along the frontier, and what they stand for below; no name for the rest."""
+    from matplotlib.lines import Line2D
+
+    numbers = {i: str(k) for k, i in enumerate(order, 1) if not rows[i]["base"]}
+    lines = [
+        Line2D([], [], linestyle="", marker=f"${n}$", markersize=4 + 3 * len(n), color=BLUE)
+        for n in numbers.values()
+    ]
+    more, texts = ax.get_legend_handles_labels()
+    ax.legend(
+        [*lines, *more],
+        [*(_wrapped(rows[i]["name"], 84) for i in numbers), *texts],
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.13),
+        fontsize=8,
+    )
+    return [
+        row if row["base"] else {**row, "name": numbers.get(i, "")} for i, row in enumerate(rows)
+    ]
+
+
+def _overlay(ax: Axes, names: Sequence[str], x: str, y: str) -> None:
+    """Published figures, which nobody can take for ours."""
+    for found in overlays(names, x, y):
+        label = f"{found.title}: {MARK}"
+        if found.y is not None and found.x is None:
+            ax.axhline(found.y, color=PINK, linestyle="--", linewidth=1, label=label)
+            ax.annotate(
+                found.title,
+                (0, found.y),
+                (4, 2),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=8,
+                color=PINK,
+            )
+        elif found.x is not None and found.y is not None:
+            ax.plot(found.x, found.y, "D", mfc="none", color=PINK, markersize=7, label=label)
+            ax.annotate(
+                found.title,
+                (found.x, found.y),
+                (6, -12),
+                textcoords="offset points",
+                fontsize=8,
+                color=PINK,
+            )
 
 
 def waterfall(
@@ -151,7 +222,7 @@ def waterfall(
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xticks(range(len(found) - 1), [s.label.replace(".", ".\n") for s in found[1:]])
     ax.set_ylabel("% of the base, added up")
-    ax.set_title(row["name"], loc="left")
+    ax.set_title(_wrapped(row["name"], 64), loc="left")
     ax.use_sticky_edges = False
     ax.margins(y=0.15)
     if ax.get_legend_handles_labels()[0]:
@@ -196,10 +267,11 @@ def time_split(
         ax.annotate(
             number(float(total)), (total, place), (4, 0), textcoords="offset points", va="center"
         )
-    ax.set_yticks(places, [r["name"] for r in rows])
+    ax.set_yticks(places, [_wrapped(r["name"]) for r in rows])
     ax.set_xlabel("ms an image")
     ax.margins(x=0.1)
-    ax.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+    # To the left there is room beside long names.
+    ax.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
     _plain(ax)
     return figure
 
@@ -232,7 +304,7 @@ def bars(
     ax.barh(places, [v for v, _ in values], 0.6, color=colours)
     if any(errors):
         ax.errorbar([v for v, _ in values], places, xerr=errors, fmt="none", ecolor="black")
-    ax.set_yticks(places, [r["name"] for r in rows])
+    ax.set_yticks(places, [_wrapped(r["name"]) for r in rows])
     ax.set_xlabel(shown.axis)
     _plain(ax)
     return figure
@@ -259,6 +331,10 @@ def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def _wrapped(name: str, width: int = LONG + 4) -> str:
+    return "\n".join(textwrap.wrap(name, width)[:3])
+
+
 def _plain(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
@@ -271,6 +347,8 @@ def _labels(
     """Names beside the points, each where it covers no other name."""
     taken: list[np.ndarray] = []
     for i in np.argsort(costs):
+        if not rows[i]["name"]:
+            continue
         name = rows[i]["name"] + (
             " (base)" if rows[i]["base"] and rows[i]["name"] != "base" else ""
         )

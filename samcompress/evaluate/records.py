@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core.data import Skipped
+from ..core.display import Cell
 from ..core.errors import DataError
 from . import stats
 from .masks import run_iou
@@ -129,6 +130,18 @@ class Accuracy:
         return str(self.settings)
 
     @property
+    def data(self) -> str:
+        """Name of the data and number of images, as the protocol id begins."""
+        return self.settings.data
+
+    def cells(self) -> dict[str, float | int | Cell | None]:
+        """The numbers, by the names they have in tables."""
+        low, high = self.ci()
+        sizes = {f"mIoU {name}": part["miou"] for name, part in self.by_size().items()}
+        head = {"mIoU": Cell(self.miou, (high - low) / 2)}
+        return {**head, **sizes, "objects": self.n_instances}
+
+    @property
     def n_images(self) -> int:
         """Images that hold a scored object."""
         return len({record.image_id for record in self.records})
@@ -216,7 +229,7 @@ class Accuracy:
         pair = None if base is None else self.against(base)
         return {
             "protocol": self.protocol,
-            "prompt": self.settings.prompt,
+            "prompt": self.settings.label,
             "choice": self.settings.choice,
             "miou": self.miou,
             "ci": list(self.ci()),

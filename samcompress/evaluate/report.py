@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,8 @@ class Report:
             columns.append(Column(measure.label, measure.unit, group=measure.group))
             if key == "latency_ms" and base:
                 columns.append(Column("speed-up", "x", group=measure.group))
+        if len(columns) == 1:
+            columns.append(Column("result", align="left"))
         body = [self._cells(row, base, known, shown) for row in rows]
         data = self.doc["data"]
         title = f"{data['name']}: {data['n_images']} images, {data['n_instances']} objects"
@@ -254,6 +256,8 @@ class Report:
         data: Any = None,
         models: Mapping[str, nn.Module] | None = None,
         worst: int = 6,
+        published: Sequence[str] = (),
+        more: Mapping[str, Any] | None = None,
     ) -> str:
         """One self-contained page: no script, nothing fetched, light or dark as the reader likes.
 
@@ -262,16 +266,23 @@ class Report:
             data: the samples that were measured; with `models`, the worst masks are drawn.
             models: the models that were measured, under the names of the rows.
             worst: how many of the worst masks are listed and drawn.
+            published: models of `sc.list_models` whose published figures are laid over the
+                pictures, marked as such, and listed with their source.
+            more: sections by their titles, of what shows itself in a notebook: a `Sensitivity`, a
+                table, what a checker of a device found.
 
         Returns:
             The page.
 
         Raises:
             CheckpointError: if it cannot be written.
+            UnknownTransformError: if a published model is unknown.
         """
         from .html import page
 
-        text = page(self, data=data, models=models or {}, worst=worst)
+        text = page(
+            self, data=data, models=models or {}, worst=worst, published=published, more=more
+        )
         if path is not None:
             write_whole(Path(path), text.encode())
         return text
@@ -284,12 +295,13 @@ class Report:
         y: str = "miou",
         *,
         device: str | None = None,
+        published: Sequence[str] = (),
         ax: Axes | None = None,
     ) -> Figure:
         """Picture of gain against cost; see `plots.pareto`."""
         from .plots import pareto
 
-        return pareto(self, x, y, device=device, ax=ax)
+        return pareto(self, x, y, device=device, published=published, ax=ax)
 
     def waterfall(
         self, name: str | None = None, *, device: str | None = None, ax: Axes | None = None

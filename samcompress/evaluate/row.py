@@ -21,16 +21,25 @@ from ..core._progress import ProgressLike
 from ..core.checkpoint import fingerprint, save
 from ..core.contract import check_sam, device_of, dtype_of
 from ..core.data import Dataset
-from ..core.errors import CheckpointError, ModelError, SamCompressError
+from ..core.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    SamCompressError,
+)
 from ..core.history import history
 from ..core.load import load
 from ..core.pipeline import Pipeline
 from .accuracy import Accuracy, accuracies
 from .devices import device as device_of_name
+from .devices import refusal
+from .energy import energy
 from .finite import first_nonfinite
 from .latency import PARTS, Rounds, latency_many
 from .macs import macs
 from .memory import memory
+from .processes import latency_processes, median_interval, ratios
 from .protocol import NonFiniteError
 from .size import bytes_on_disk, parameters
 
@@ -49,6 +58,7 @@ class Job:
     accuracy: bool
     latency: bool
     memory: bool
+    energy: bool
     rounds: Rounds
     batches: tuple[int, ...]
     threads: int | None
@@ -68,7 +78,24 @@ class Job:
             "batches": list(self.batches),
             "threads": self.threads,
             "batch_size": self.batch_size,
+            # Only where it is asked for: files from before there was a choice say nothing of it.
+            **({"energy": True} if self.energy else {}),
         }
+
+    @classmethod
+    def of(cls, settings: Row, data: Dataset) -> Job:
+        """The job of `settings`, without progress.
+
+        Raises:
+            ConfigError: if these are no settings of a job.
+        """
+        try:
+            fields = {"energy": False, **settings, "rounds": Rounds(**settings["rounds"])}
+            for name in ("prompts", "batches"):
+                fields[name] = tuple(fields[name])
+            return cls(data=data, progress=False, **fields)
+        except (KeyError, TypeError) as err:
+            raise ConfigError("these are no settings of a job.", got=str(err)) from err
 
 
 @dataclass(frozen=True)
@@ -141,6 +168,13 @@ def absent_row(name: str, device: str, *, base: bool, reason: str) -> Row:
     }
 
 
+def sentence(err: BaseException) -> str:
+    """An error in one line, as rows give reasons."""
+    if isinstance(err, SamCompressError):
+        return " ".join(str(part) for part in (err.what, err.where, err.got) if part is not None)
+    return f"{type(err).__name__}: {err}".splitlines()[0]
+
+
 def measure_row(row: Row, subject: Subject, base: Subject, base_row: Row | None, job: Job) -> None:
     """Fill a planned row.
 
@@ -158,12 +192,16 @@ def measure_row(row: Row, subject: Subject, base: Subject, base_row: Row | None,
         if row["status"] == "measured" and job.accuracy:
             row["accuracy"] = _accuracy(subject, base_row, job)
         if row["status"] == "measured" and job.latency:
-            row["latency"] = _try(row, "latency", lambda: _latency(subject, base, base_row, job))
+            row["latency"] = _try(
+                row, "latency", lambda: _latency(subject, base, base_row, row["device"], job)
+            )
+        if row["status"] == "measured" and job.energy:
+            row["energy"] = _try(row, "energy", lambda: _energy(subject, row["device"], job))
     except NonFiniteError as err:
         _broken(row, _search(subject, job), str(err.where))
     except FAILURES as err:
         log.warning("%s on %s could not be measured: %s", row["name"], row["device"], err)
-        row.update(status="not_measured", reason=_sentence(err))
+        row.update(status="not_measured", reason=sentence(err))
     if row["status"] == "measured":
         _disk_and_memory(row, subject, job)
     row["seconds"] = time.perf_counter() - start
@@ -220,27 +258,40 @@ def _accuracy(subject: Subject, base_row: Row | None, job: Job) -> list[Row]:
     return entries
 
 
-def _latency(subject: Subject, base: Subject, base_row: Row | None, job: Job) -> Row:
+def _latency(subject: Subject, base: Subject, base_row: Row | None, device: str, job: Job) -> Row:
     simulated = any(step.simulated for step in history(base.model).steps)
-    beside = subject is not base and not simulated
+    beside = subject is not base and not simulated and refusal(base.model, device) is None
     models = {"this": subject.model} | ({"base": base.model} if beside else {})
-    image = next(job.data.readable()).image
-    times = latency_many(
-        models, image=image, rounds=job.rounds, batches=job.batches, threads=job.threads
-    )
-    entry = times["this"].to_dict()
-    if "base" in times:
-        entry["vs_base"] = {
-            part: getattr(times["base"], part).median_ms / getattr(times["this"], part).median_ms
-            for part in PARTS
-        }
+    settings: dict[str, Any] = {
+        "image": next(job.data.readable()).image,
+        "rounds": job.rounds,
+        "batches": job.batches,
+        "threads": job.threads,
+    }
+    if job.rounds.processes > 1:
+        times = latency_processes(models, device=device, **settings)
+    else:
+        times = {name: t.to_dict() for name, t in latency_many(models, **settings).items()}
+    entry, other = times["this"], times.get("base")
+    if other is None:
+        return entry
+    entry["vs_base"] = {part: other[part]["median_ms"] / entry[part]["median_ms"] for part in PARTS}
+    if job.rounds.processes > 1:
+        entry["vs_base_ci"] = {p: list(median_interval(ratios(other, entry, p))) for p in PARTS}
     own = (base_row or {}).get("latency")
-    if "base" in times and own:
+    if own:
         # The machine may be busier now than it was when the base's own row was measured.
-        entry["scale"] = {
-            part: own[part]["median_ms"] / getattr(times["base"], part).median_ms for part in PARTS
-        }
+        entry["scale"] = {part: own[part]["median_ms"] / other[part]["median_ms"] for part in PARTS}
     return entry
+
+
+def _energy(subject: Subject, device: str, job: Job) -> Row:
+    at = device_of_name(device)
+    if at.kind != device_of(subject.model).type:
+        # The CPU calls such a device, and its counter knows nothing of it.
+        raise BackendError("energy cannot be measured here.", got=f"no counter on {at.kind}")
+    image = next(job.data.readable()).image
+    return energy(subject.model, image=image, threads=job.threads).to_dict()
 
 
 def _disk_and_memory(row: Row, subject: Subject, job: Job) -> None:
@@ -270,14 +321,8 @@ def _try(row: Row, what: str, measure: Callable[[], Any]) -> Any:
         return measure()
     except FAILURES as err:
         log.warning("%s of %s was not measured: %s", what, row["name"], err)
-        row["missing"][what] = _sentence(err)
+        row["missing"][what] = sentence(err)
         return None
-
-
-def _sentence(err: BaseException) -> str:
-    if isinstance(err, SamCompressError):
-        return " ".join(str(part) for part in (err.what, err.where, err.got) if part is not None)
-    return f"{type(err).__name__}: {err}".splitlines()[0]
 
 
 def _place(at: torch.device) -> tuple[str, int]:

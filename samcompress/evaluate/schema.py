@@ -41,7 +41,12 @@ TIMING = _object(
         "first_call_ms": NUMBER,
         "samples_ms": {"type": "array", "items": NUMBER, "minItems": 1},
     },
-    {"wall_median_ms": NUMBER},
+    {
+        "wall_median_ms": NUMBER,
+        # Where several processes measured: the median of each, and the interval drawn over them.
+        "process_medians_ms": {"type": "array", "items": NUMBER, "minItems": 5},
+        "interval_ms": INTERVAL,
+    },
 )
 
 LATENCY = _object(
@@ -55,6 +60,10 @@ LATENCY = _object(
     {
         "throughput": ANY,
         "threads": COUNT,
+        "settings": ANY,
+        "processes": COUNT,
+        # Interval of `vs_base`, drawn over processes.
+        "vs_base_ci": {"type": "object", "additionalProperties": INTERVAL},
         # Median of the base over this median, from calls that took turns in the same minutes.
         "vs_base": {"type": "object", "additionalProperties": NUMBER},
         # Median of the base in its own row over its median in these minutes: times of this row are
@@ -72,6 +81,20 @@ MEMORY = _object(
         "steady_mb": NUMBER,
     },
     {"reserved_mb": MAYBE},
+)
+
+ENERGY = _object(
+    {
+        "counter": TEXT,
+        "joules_per_image": NUMBER,
+        "joules_per_image_above_idle": NUMBER,
+        "watts": NUMBER,
+        "idle_watts": NUMBER,
+        "seconds": NUMBER,
+        "calls": COUNT,
+        "idle_seconds": NUMBER,
+    },
+    {"parts": {"type": "object", "additionalProperties": NUMBER}},
 )
 
 SAMPLE = _object(
@@ -140,6 +163,7 @@ ROW = _object(
         "accuracy": _or_null({"type": "array", "items": ACCURACY}),
         "latency": _or_null(LATENCY),
         "memory": _or_null(MEMORY),
+        "energy": _or_null(ENERGY),
         "first_nonfinite": {"type": ["string", "null"]},
         "seconds": NUMBER,
         "date": TEXT,
@@ -179,10 +203,27 @@ def check(doc: Any, *, where: str | None = None) -> None:
     Raises:
         CheckpointError: naming the first place that is not as the schema says.
     """
+    _check(doc, SCHEMA, where)
+
+
+def check_row(row: Any, *, where: str | None = None) -> None:
+    """Check one row.
+
+    Args:
+        row: the parsed JSON.
+        where: the machine it came from, for the error.
+
+    Raises:
+        CheckpointError: as `check`.
+    """
+    _check(row, ROW, where)
+
+
+def _check(doc: Any, rules: dict[str, Any], where: str | None) -> None:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
-    error = best_match(Draft202012Validator(SCHEMA).iter_errors(doc))
+    error = best_match(Draft202012Validator(rules).iter_errors(doc))
     if error is not None:
         place = error.json_path
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from ..core.display import number
 from ..core.errors import DataError
 from ..core.predict import decode, encode
 from ..core.prompt import Prompt
+from .accuracy import aim
 from .masks import boundary
 from .measures import Row, accuracy_of
 from .plots import BLUE, ORANGE, PINK, SKY, axes
@@ -158,10 +160,13 @@ def cases(
             continue
         protocol = Protocol.parse(item.protocol)
         image, truth = sample.image, instance.mask
-        first = protocol.rule.start(instance, truth, image_id=sample.id, seed=protocol.seed)
-        target = Target(f"image {sample.id}, annotation {instance.id}", truth, first)
-        answers = [_answer(models[m], image, protocol, target) for m in (base, item.name)]
-        label = f"{item.name}, {protocol.prompt}\nimage {item.image_id}\nobject {instance.id}\n"
+        asked = {
+            m: aim(models[m], protocol, instance, truth, image_id=sample.id)
+            for m in (base, item.name)
+        }
+        answers = [_answer(models[m], image, protocol, asked[m]) for m in (base, item.name)]
+        name = "\n".join(textwrap.wrap(f"{item.name}, {protocol.prompt}", 26))
+        label = f"{name}\nimage {item.image_id}\nobject {instance.id}\n"
         label += f"IoU {number(item.base_iou)}\nnow {number(item.iou)}"
         found.append(Case(image, truth, answers[0].mask, answers[1].mask, answers[1].prompt, label))
     if not found:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_sam
-from segment_anything import SamPredictor
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from torch import nn
 
 import samcompress as sc
 from samcompress.compile._facades import ExportedEncoder
 from samcompress.compile._graphs import PromptDecoder
-from samcompress.compile.backends import BACKENDS
+from samcompress.compile.backends import BACKENDS, Backend, Opened
 from samcompress.core.errors import BackendError
 
 needs_onnx = pytest.mark.skipif(
@@ -56,8 +58,17 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     return runtime
 
 
-class Pretend:
-    suffix, extra = ".onnx", "onnx"
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> Fixed:
+    """The same without free sizes."""
+    runtime = Fixed()
+    monkeypatch.setitem(BACKENDS, "onnxruntime", runtime)
+    return runtime
+
+
+class Pretend(Backend):
+    name, suffix, extra = "onnxruntime", ".onnx", "onnx"
+    integers = True
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
@@ -78,6 +89,32 @@ class Pretend:
             with torch.no_grad():
                 out = self.modules[path.name](*tensors)
             return tuple(t + self.off_by for t in (out if isinstance(out, tuple) else (out,)))
+
+        return Opened(run, {"floats": "f32"})
+
+
+class Fixed(Pretend):
+    """A runtime that takes tensors of the sizes it was shown, and of no other."""
+
+    dynamic_shapes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, list[torch.Size]] = {}
+        self.calls: list[str] = []
+
+    def export(self, module: nn.Module, example: Any, path: Path, **rest: Any) -> list[Path]:
+        assert rest["options"].dynamic == {}
+        self.shown[path.name] = [t.shape for t in example]
+        return super().export(module, example, path, **rest)
+
+    def load(self, path: Path, *, device: str, threads: int) -> Callable[..., Any]:
+        inner = super().load(path, device=device, threads=threads)
+
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert [t.shape for t in tensors] == self.shown[path.name]
+            self.calls.append(path.stem)
+            return inner(*tensors)
 
         return run
 
@@ -174,17 +211,20 @@ def test_predictor(chain: tuple[nn.Module, nn.Module]) -> None:
 def test_state_tells_what_was_done(chain: tuple[nn.Module, nn.Module]) -> None:
     state = sc.lineage(chain[1])[-1].state
     assert state["backend"] == "onnxruntime"
-    assert state["dtype"] == "float32"
+    assert state["precision"] == state["decoder"] == "float32"
     assert state["image_size"] == 64
     assert state["grid"] == [8, 8]
     assert state["files"] == {
         "encoder": ["encoder.onnx"],
         "prompt_decoder": ["prompt_decoder.onnx"],
     }
-    assert set(state["versions"]) == {"onnx", "onnxscript", "onnxruntime"}
+    assert set(state["versions"]) == {"torch", "onnx", "onnxscript", "onnxruntime"}
     assert set(state["errors"]) == {"embedding", "logits", "scores"}
     assert all(0 <= e <= state["tolerance"] == 1e-4 for e in state["errors"].values())
-    assert state["reference"]["embedding"] == pytest.approx([0, 1], abs=0.2)  # a layer norm's
+    assert state["sizes"] is None
+    assert state["granted"]["encoder"]["providers"] == ["CPUExecutionProvider"]
+    assert set(state["reference"]) == {"image_embeddings", "masks", "iou"}
+    assert all(0 <= e < 1e-5 for e in state["reference"].values())
 
 
 @needs_onnx
@@ -224,7 +264,7 @@ def test_saved_copied_and_damaged(chain: tuple[nn.Module, nn.Module], tmp_path: 
     folder = tmp_path / "saved"
     sc.save(exported, folder)
     names = sorted(path.name for path in (folder / "artifacts").iterdir())
-    assert names == ["encoder.onnx", "prompt_decoder.onnx"]
+    assert names == ["encoder.onnx", "manifest.json", "prompt_decoder.onnx", "reference.npz"]
     again = sc.load(folder)
     for twin in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(exported))):
         assert_same(decode(twin, True, **asked), expected, atol=0)
@@ -234,6 +274,50 @@ def test_saved_copied_and_damaged(chain: tuple[nn.Module, nn.Module], tmp_path: 
     path.write_bytes(content)
     with pytest.raises(sc.errors.CheckpointError, match=r"prompt_decoder\.onnx"):
         sc.load(folder)
+
+
+PLAIN = """
+import hashlib, json, pathlib, sys
+sys.modules["torch"] = None
+import numpy as np, onnxruntime
+folder = pathlib.Path(sys.argv[1])
+about = json.loads((folder / "manifest.json").read_text())
+for name, facts in about["files"].items():
+    assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"], name
+    assert (folder / name).stat().st_size == facts["bytes"]
+reference = np.load(folder / "reference.npz")
+found = {}
+def run(stem, **inputs):
+    graph = about["graphs"][stem]
+    assert set(inputs) == set(graph["inputs"])
+    session = onnxruntime.InferenceSession(folder / graph["files"][0])
+    arrays = {name: np.asarray(array, np.float32) for name, array in inputs.items()}
+    found.update(zip(graph["outputs"], session.run(None, arrays)))
+mean, std = (np.float32(about["image"][name]) for name in ("mean", "std"))
+image = ((reference["pixels"] - mean) / std).transpose(2, 0, 1)[None]
+run("encoder", image=image)
+coords, labels = reference["point_coords"], reference["point_labels"]
+mask = np.zeros((len(coords), *about["graphs"]["prompt_decoder"]["inputs"]["mask_input"][1:]))
+run("prompt_decoder", image_embeddings=found["image_embeddings"], point_coords=coords,
+    point_labels=labels, mask_input=mask, has_mask_input=[0])
+every = about["reference"]["every"]
+for name, array in found.items():
+    kept = array if name == "iou" else array[..., ::every, ::every]
+    print(name, np.abs(kept - reference[name]).max())
+"""
+
+
+@needs_onnx
+def test_runs_without_torch(chain: tuple[nn.Module, nn.Module]) -> None:
+    """With the runtime, NumPy, the manifest and nothing else."""
+    folder = chain[1].image_encoder.folder
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    errors = dict(line.split() for line in done.stdout.splitlines())
+    assert set(errors) == {"image_embeddings", "masks", "iou"}
+    assert all(float(error) < 1e-4 for error in errors.values())
 
 
 def test_graph_equals_segment_anything() -> None:
@@ -316,6 +400,122 @@ def test_a_file_that_is_gone(pretend: Pretend) -> None:
         f"  where     {Path('nowhere/encoder.onnx').absolute()}\n"
         "  try       sc.save(model, folder) keeps a model, sc.load(folder) opens it"
     )
+
+
+def test_a_file_that_was_changed(pretend: Pretend) -> None:
+    exported = sc.compile.Export()(random_sam(), progress=False)
+    path = exported.mask_decoder.artifacts["prompt_decoder.onnx"]
+    path.write_text("other")
+    with pytest.raises(BackendError, match="was changed") as caught:
+        decode(copy.deepcopy(exported), True, **prompts(exported, "box"))
+    assert f"where     {path}" in str(caught.value)
+    assert "try       export the model again" in str(caught.value)
+
+
+def test_manifest(pretend: Pretend) -> None:
+    exported = sc.compile.Export()(random_sam(), progress=False)
+    files = exported.mask_decoder.artifacts
+    about = json.loads(files["manifest.json"].read_text())
+    assert set(about["files"]) == {"encoder.onnx", "prompt_decoder.onnx", "reference.npz"}
+    assert about["granted"] == {name: {"floats": "f32"} for name in ("encoder", "prompt_decoder")}
+    assert about["image"]["framing"] == "longest"
+    assert about["image"]["mean"] == pytest.approx([123.675, 116.28, 103.53])
+    assert about["graphs"]["encoder"]["inputs"] == {"image": [1, 3, 64, 64]}
+    assert about["graphs"]["prompt_decoder"]["inputs"]["point_coords"] == ["prompts", "points", 2]
+    reference = np.load(files["reference.npz"])
+    assert reference["pixels"].shape == (64, 64, 3)
+    assert reference["image_embeddings"].shape == (1, 32, 2, 2)
+    assert reference["masks"].shape == (2, 4, 8, 8)
+    assert str(Path.home()) not in json.dumps(about)
+
+
+def test_a_model_of_halves_on_another_device(pretend: Pretend) -> None:
+    """Its constants come back in the type they had."""
+    sam = random_sam().to(torch.float64)
+    exported = sc.compile.Export()(sam, progress=False)
+    assert exported.pixel_mean.dtype == torch.float64
+    assert exported.image_encoder(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+
+
+# --- runtimes whose sizes are fixed --------------------------------------------------------------
+
+
+def test_graphs_of_fixed_sizes(fixed: Fixed, tmp_path: Path) -> None:
+    sam = random_sam()
+    exported = sc.compile.Export(prompts=(1, 4), points=(2, 5))(sam, progress=False)
+    stems = [f"prompt_decoder_{p}x{n}" for p in (1, 4) for n in (2, 5)]
+    state = sc.lineage(exported)[-1].state
+    assert state["files"]["prompt_decoder"] == [f"{stem}.onnx" for stem in stems]
+    assert set(fixed.calls) == {"encoder", *stems}  # every one was compared
+    assert max(state["errors"].values()) < 1e-5
+    about = json.loads(exported.mask_decoder.artifacts["manifest.json"].read_text())
+    assert about["graphs"]["prompt_decoder_4x2"]["inputs"]["point_coords"] == [4, 2, 2]
+    sc.save(exported, tmp_path / "saved")
+    again = sc.load(tmp_path / "saved")
+    asked = prompts(sam, "box")
+    assert_same(decode(again, True, **asked), decode(sam, True, **asked))
+
+
+def test_prompts_are_cut_and_filled_up(fixed: Fixed) -> None:
+    """What fills up a batch changes nothing; a click and a box have the size of a graph."""
+    sam = random_sam().eval()
+    exported = sc.compile.Export(prompts=(1, 4), points=(2, 5))(sam, progress=False)
+    fixed.calls.clear()
+    for kind in ("one point for seven", "box", "mask and box", "box and points"):
+        for multimask in (False, True):
+            asked = prompts(sam, kind)
+            if kind != "box and points":
+                assert_same(decode(exported, multimask, **asked), decode(sam, multimask, **asked))
+            else:
+                assert decode(exported, multimask, **asked)[0].shape[0] == 2
+    sizes = [call.partition("decoder_")[2] for call in fixed.calls]
+    assert sizes == ["4x2", "4x2"] * 2 + ["4x2"] * 2 + ["1x2"] * 2 + ["4x5"] * 2
+    none = {"points": (torch.zeros(0, 1, 2), torch.zeros(0, 1)), "boxes": None, "masks": None}
+    assert decode(exported, True, **none)[0].shape == (0, 3, 32, 32)
+
+
+def test_points_are_filled_up_with_points_of_no_meaning(fixed: Fixed) -> None:
+    sam = random_sam().eval()
+    exported = sc.compile.Export(prompts=(3,), points=(6,))(sam, progress=False)
+    coords, labels = 64 * torch.rand(3, 2, 2), torch.tensor([[1, 0], [1, 1], [0, 1]])
+    asked = {"points": (coords, labels), "boxes": None, "masks": None}
+    blank = torch.cat([coords, torch.zeros(3, 3, 2)], 1), torch.cat([labels, -torch.ones(3, 3)], 1)
+    assert_same(decode(exported, True, **asked), decode(sam, True, **asked | {"points": blank}))
+
+
+def test_more_points_than_the_graphs_take(fixed: Fixed) -> None:
+    exported = sc.compile.Export(prompts=(1,), points=(2, 4))(random_sam(), progress=False)
+    with pytest.raises(sc.errors.ShapeError) as caught:
+        decode(exported, True, **prompts(exported, "five points"))
+    assert str(caught.value) == (
+        "there are more points than the exported graphs take.\n"
+        "  got       6, padding and corners of boxes included\n"
+        "  expected  at most 4\n"
+        "  try       sc.compile.Export(points=(..., 6))"
+    )
+
+
+def test_predictor_and_generator_of_fixed_sizes(fixed: Fixed) -> None:
+    image = sc.shapes(1, seed=9, size=(48, 60))[0].image
+    sam = random_sam().eval()
+    exported = sc.compile.Export(prompts=(1, 16))(sam, progress=False)
+    found = []
+    for model in (sam, exported):
+        predictor = SamPredictor(model)
+        predictor.set_image(image)
+        found.append(predictor.predict(np.array([[20, 30]]), np.array([1]))[2])
+        settings = {"points_per_side": 5, "pred_iou_thresh": -9, "stability_score_thresh": -1}
+        found.append(len(SamAutomaticMaskGenerator(model, **settings).generate(image)))
+    np.testing.assert_allclose(found[0], found[2], rtol=0, atol=1e-4)
+    assert found[1] == found[3] > 0
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize("name", ["prompts", "points"])
+def test_sizes_that_are_none(name: str, sizes: tuple[int, ...]) -> None:
+    with pytest.raises(sc.errors.ConfigError, match=f"{name} is out of range") as caught:
+        sc.compile.Export(**{name: sizes})
+    assert "expected  rising numbers, the first at least 1" in str(caught.value)
 
 
 def test_wrong_size(pretend: Pretend) -> None:
@@ -404,8 +604,57 @@ def test_other_conventions_and_further_channels(step: Any) -> None:
             assert_same(found, expected)
 
 
-def test_settings() -> None:
-    with pytest.raises(sc.errors.ConfigError, match=r"compile\.export: backend has a value"):
-        sc.compile.Export(backend="openvino")
-    with pytest.raises(sc.errors.ConfigError, match=r"compile\.export: dtype has a value"):
-        sc.compile.Export(dtype="bfloat16")
+def test_layers_of_integers_and_where_they_fit(pretend: Pretend) -> None:
+    small = sc.quantize.Int8Dynamic(force=True)(random_sam(), progress=False)
+    assert pretend.integers
+    sc.compile.Export().check(small)
+    with pytest.raises(sc.errors.ModelError) as caught:
+        sc.compile.Export(backend="aot").check(small)
+    assert str(caught.value) == (
+        "compile.export finds layers that multiply integers already.\n"
+        "  where     DynamicLinear\n"
+        "  got       backend='aot', precision='float32'\n"
+        "  expected  a model of floating point, or backend='onnxruntime' and its floats\n"
+        "  try       export the model from before that step, with precision='int8'"
+    )
+    pretend.dtypes = ("float32", "int8")
+    with pytest.raises(sc.errors.ModelError, match="multiply integers already"):
+        sc.compile.Export(precision="int8").check(small)
+
+
+def test_measured_like_any_other_model(pretend: Pretend) -> None:
+    sam = random_sam()
+    exported = sc.compile.Export()(sam, progress=False)
+    report = sc.evaluate.benchmark(
+        {"base": sam, "exported": exported},
+        sc.shapes(2, seed=1, size=64),
+        prompts=("box",),
+        memory=False,
+        progress=False,
+    )
+    base, ours = report.rows
+    for row in (base, ours):
+        assert row["status"] == "measured"
+        assert row["latency"]["encoder"]["median_ms"] > 0
+    assert ours["accuracy"][0]["miou"] == pytest.approx(base["accuracy"][0]["miou"], abs=1e-3)
+    assert ours["macs"] == base["macs"]
+
+
+def test_a_runtime_that_only_writes_here(pretend: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs, and the manifest says so; torch's answers are there for the machine that can."""
+    monkeypatch.setattr(pretend, "unrunnable", lambda: "there is no such system here")
+    monkeypatch.setattr(pretend, "load", None)
+    exported = sc.compile.Export()(random_sam(), progress=False)
+    state = sc.lineage(exported)[-1].state
+    assert state["unchecked"] == "there is no such system here"
+    assert state["errors"] == state["granted"] == state["reference"] == {}
+    files = exported.mask_decoder.artifacts
+    assert json.loads(files["manifest.json"].read_text())["unchecked"] == state["unchecked"]
+    assert set(np.load(files["reference.npz"])) >= {"image_embeddings", "masks", "iou"}
+
+
+def test_a_runtime_may_be_allowed_more(pretend: Pretend) -> None:
+    pretend.off_by = 1e-2
+    pretend.tolerance = {"float32": 0.1}
+    exported = sc.compile.Export()(random_sam(), progress=False)
+    assert sc.lineage(exported)[-1].state["tolerance"] == 0.1

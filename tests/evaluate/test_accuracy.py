@@ -70,7 +70,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answerer], list[int]]:
 
         # By name: the package's attribute `accuracy` is the function, not the module.
         module = sys.modules["samcompress.evaluate.accuracy"]
-        monkeypatch.setattr(module, "encode", encode)
+        monkeypatch.setattr("samcompress.evaluate._reading.encode", encode)
         monkeypatch.setattr(module, "decode", decode)
         return batches
 

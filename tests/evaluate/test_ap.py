@@ -208,7 +208,7 @@ def test_masks_of_an_accuracy(sam: torch.nn.Module, scenes: Dataset) -> None:
     ]
     assert twelve(average_precision(by_hand, scenes, class_agnostic=True)) == twelve(found)
     assert repr(found).startswith(f"<AveragePrecision {found.ap:.3f} (50: ")
-    with pytest.raises(ConfigError, match=r"accuracy is of other data[\s\S]*#3[\s\S]*#2"):
+    with pytest.raises(ConfigError, match=r"masks are of other data[\s\S]*#3[\s\S]*#2"):
         average_precision(boxes, scenes[:2], class_agnostic=True)
     with pytest.raises(DataError, match=r"masks of this accuracy were not kept[\s\S]*keep_masks"):
         average_precision(accuracy(sam, scenes), scenes, class_agnostic=True)

@@ -58,7 +58,7 @@ def test_first_prompts(mask: np.ndarray) -> None:
 )
 def test_rules(name: str, clicks: int, xor: bool) -> None:
     rule = Rule.parse(name)
-    assert (rule.name, rule.clicks, rule.xor) == (name, clicks, xor)
+    assert (rule.name, rule.clicks, rule.kind == "xor") == (name, clicks, xor)
 
 
 def test_random_points_depend_on_ids_and_seed_only(mask: np.ndarray) -> None:
@@ -90,7 +90,7 @@ def test_random_points_are_uniform() -> None:
 def test_unknown_prompt(name: object) -> None:
     with pytest.raises(ConfigError, match=r"unknown prompt\.\n  got       ") as err:
         Rule.parse(name)  # type: ignore[arg-type]
-    assert "box+k-xor, point; k is a number from 1" in str(err.value)
+    assert "box+k-random, point; k is a number from 1" in str(err.value)
 
 
 def test_unknown_prompt_suggests() -> None:

@@ -3,140 +3,104 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core._require import EXTRAS, require
-from ...core.errors import BackendError, MissingDependencyError
-from ._base import Options, Run
+from ._base import Backend, Opened, Options, Sample, floats, free_sizes
 
 # An ONNX file is one protobuf message, which ends at 2 GB; larger weights go into a file beside it.
 LARGEST_FILE = 1_500_000_000
+# What becomes a product of integers: with sums, norms and softmax too, errors are nine times those.
+INTEGER = ["MatMul", "Gemm"]
 
 
-class OnnxRuntime:
+class OnnxRuntime(Backend):
     """The row of the support table, and how to export and run."""
 
     name = "onnxruntime"
     suffix = ".onnx"
     extra = "onnx"
-    devices: tuple[str, ...] = ("cpu",)
-    dtypes: tuple[str, ...] = ("float32",)
-    dynamic_shapes = True
-
-    def unavailable(self) -> str | None:
-        """None, or which package is missing and the line that installs it."""
-        try:
-            for module in EXTRAS[self.extra]:
-                require(module, extra=self.extra, purpose=self.name)
-        except MissingDependencyError as err:
-            return str(err)
-        return None
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    dtypes = ("float32", "int8")
+    integers = True
 
     def export(
         self,
         module: nn.Module,
-        example: tuple[Tensor, ...],
+        example: Sample,
         path: Path,
         *,
         dtype: str,
         options: Options,
+        samples: Sequence[Sample] = (),
     ) -> list[Path]:
         """Write `path`, and ``path.data`` where the weights are too large for one file."""
-        sizes = {
-            name: torch.export.Dim(name, min=1)
-            for axes in options.dynamic.values()
-            for name in axes.values()
-        }
-        shapes = tuple(
-            {axis: sizes[name] for axis, name in options.dynamic.get(given, {}).items()}
-            for given in options.inputs
-        )
         tensors = (*module.parameters(), *module.buffers())
         large = sum(t.numel() * t.element_size() for t in tensors) > LARGEST_FILE
         data = path.with_name(path.name + ".data")
-        try:
-            with _quiet(), torch.no_grad():
-                program: Any = torch.onnx.export(
-                    module,
-                    example,
-                    input_names=options.inputs,
-                    output_names=options.outputs,
-                    dynamic_shapes=shapes,
-                    dynamo=True,
-                    optimize=False,
-                    verbose=False,
-                )
-                optimizer = require("onnxscript.optimizer", extra=self.extra, purpose=self.name)
-                optimizer.optimize_ir(program.model, should_fold=_may_fold)
-                _tidy(program.model.graph)
+        with self.writing(module, path, data):
+            program: Any = torch.onnx.export(
+                module,
+                example,
+                input_names=options.inputs,
+                output_names=options.outputs,
+                dynamic_shapes=free_sizes(options),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+            optimizer = self.package("onnxscript.optimizer")
+            optimizer.optimize_ir(program.model, should_fold=_may_fold)
+            _tidy(program.model.graph)
+            if dtype == "int8":
+                self._quantize(program.model_proto, path, large)
+            else:
                 program.save(str(path), external_data=large)
-        except Exception as err:
-            for file in (path, data):
-                file.unlink(missing_ok=True)
-            raise BackendError(
-                f"{self.name} could not export a {type(module).__name__}.",
-                where="export",
-                got=_tail(err),
-                fix="samcompress doctor shows the versions; report this message with them",
-            ) from err
         return [path, data] if data.exists() else [path]
 
-    def load(self, path: Path, *, device: str, threads: int) -> Run:
+    def load(self, path: Path, *, device: str, threads: int) -> Opened:
         """Open a session on the CPU."""
-        runtime = require("onnxruntime", extra=self.extra, purpose=f"running {path.name}")
+        runtime = self.package("onnxruntime", f"running {path.name}")
         settings = runtime.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
-        try:
+        settings.log_severity_level = 4  # errors are raised, not printed
+        with self.opening(path, f"an ONNX file that onnxruntime {runtime.__version__} reads"):
             session = runtime.InferenceSession(
                 str(path), settings, providers=["CPUExecutionProvider"]
             )
-        except Exception as err:
-            raise BackendError(
-                f"{self.name} could not open a file.",
-                where=str(path),
-                got=_tail(err),
-                expected=f"an ONNX file that onnxruntime {runtime.__version__} reads",
-                fix="export the model again",
-            ) from err
-        names = [given.name for given in session.get_inputs()]
+        given = session.get_inputs()
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            arrays = (t.detach().cpu().contiguous().numpy() for t in tensors)
-            try:
-                found = session.run(None, dict(zip(names, arrays, strict=True)))
-            except Exception as err:
-                raise BackendError(
-                    f"{self.name} could not run a graph.",
-                    where=str(path),
-                    got=_tail(err),
-                    expected=", ".join(f"{i.name} {i.shape}" for i in session.get_inputs()),
-                ) from err
+            with self.running(path, lambda: ", ".join(f"{i.name} {i.shape}" for i in given)):
+                arrays = dict(zip([i.name for i in given], floats(tensors), strict=True))
+                found = session.run(None, arrays)
             return tuple(torch.from_numpy(array) for array in found)
 
-        return run
+        level = session.get_session_options().graph_optimization_level.name
+        return Opened(run, {"providers": session.get_providers(), "optimization": level})
+
+    def _quantize(self, graph: Any, path: Path, large: bool) -> None:
+        """Weights as int8, one scale a channel; tokens are rounded at run time, so no samples."""
+        tools = self.package("onnxruntime.quantization")
+        tools.quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=INTEGER,
+            per_channel=True,
+            weight_type=tools.QuantType.QInt8,
+            use_external_data_format=large,
+        )
+        if not _multiplies_integers(self.package("onnx").load(path, load_external_data=False)):
+            raise ValueError("no product of integers is left in the graph")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints and warnings to ourselves; its errors still come as exceptions."""
-    nowhere = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+def _multiplies_integers(model: Any) -> bool:
+    return any(node.op_type.endswith("MatMulInteger") for node in model.graph.node)
 
 
 def _may_fold(node: Any) -> bool | None:
@@ -155,8 +119,3 @@ def _tidy(graph: Any) -> None:
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
     graph.metadata_props.clear()
-
-
-def _tail(err: Exception, lines: int = 3) -> str:
-    text = [line for line in f"{type(err).__name__}: {err}".splitlines() if line.strip()]
-    return " | ".join(text[:1] + text[1:][-lines:])[:600]

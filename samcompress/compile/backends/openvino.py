@@ -1,0 +1,182 @@
+"""OpenVINO files, quantized by NNCF where integers are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import BackendError
+from ._base import (
+    Backend,
+    Opened,
+    Options,
+    Sample,
+    check_sizes,
+    floats,
+    free_sizes,
+    sizes_of,
+    told,
+)
+
+# Where a file says what it is to be computed in, and what it takes.
+PRECISION, INPUTS = ["samcompress", "precision"], ["samcompress", "inputs"]
+
+
+class OpenVino(Backend):
+    """The row of the support table, and how to export and run."""
+
+    name = "openvino"
+    suffix = ".xml"
+    extra = "openvino"
+    packages = ("openvino",)
+    dtypes = ("float32", "bfloat16", "int8")
+    calibrated = ("int8",)
+    calibrators = ("nncf",)
+
+    def ready(self, dtype: str = "float32") -> None:
+        """Check packages, and that the processor has the type."""
+        super().ready(dtype)
+        if dtype == "int8":
+            self.package("nncf")
+        if dtype == "bfloat16" and not _has_bfloat16(self.package("openvino").Core()):
+            raise BackendError(
+                "openvino finds no bfloat16 on this processor.",
+                where="export",
+                expected="AVX512-BF16, AMX, or an ARM processor with bfloat16",
+                fix="precision='float32' or 'int8'",
+            )
+
+    def package(self, module: str, purpose: str | None = None) -> ModuleType:
+        """Import a package of this runtime, and have it keep to itself that it is used."""
+        with _unreported():
+            return super().package(module, purpose)
+
+    def export(
+        self,
+        module: nn.Module,
+        example: Sample,
+        path: Path,
+        *,
+        dtype: str,
+        options: Options,
+        samples: Sequence[Sample] = (),
+    ) -> list[Path]:
+        """Write the graph to `path` and its weights to a ``.bin`` beside it."""
+        runtime, weights = self.package("openvino"), path.with_suffix(".bin")
+        with self.writing(module, path, weights):
+            program = torch.export.export(module, example, dynamic_shapes=free_sizes(options))
+            # Kept until the end: the graph's constants lie in its memory.
+            reader = self._reader(program, example, options)
+            graph = self._converted(reader, example, options)
+            if dtype == "int8":
+                graph = self._quantized(graph, samples)
+            graph.set_rt_info(dtype, PRECISION)
+            graph.set_rt_info(json.dumps(sizes_of(example, options)), INPUTS)
+            # Halves round less than bfloat16 does: with its eight bits they are as good as floats.
+            runtime.save_model(graph, path, compress_to_fp16=dtype == "bfloat16")
+        return [path, weights]
+
+    def load(self, path: Path, *, device: str, threads: int) -> Opened:
+        """Compile for the CPU, for one request at a time."""
+        runtime = self.package("openvino", f"running {path.name}")
+        core = runtime.Core()
+        with self.opening(path, f"a file that openvino {runtime.__version__} reads"):
+            graph = core.read_model(path)
+            wanted = graph.get_rt_info(PRECISION).astype(str)
+            sizes = json.loads(graph.get_rt_info(INPUTS).astype(str))
+            settings = {
+                # Never left to the runtime, which rounds to bfloat16 by itself where that is fast.
+                "INFERENCE_PRECISION_HINT": _floats_as(wanted, core),
+                "INFERENCE_NUM_THREADS": threads,
+                # Else tokens that meet stored int8 weights are rounded to integers, unasked.
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+                "NUM_STREAMS": 1,
+                # As torch does it: other processes run on these cores too.
+                "ENABLE_CPU_PINNING": False,
+            }
+            compiled = core.compile_model(graph, "CPU", settings)
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with self.running(path, lambda: told(sizes)):
+                check_sizes(tensors, sizes)
+                found = compiled.infer_new_request(
+                    dict(zip(compiled.inputs, floats(tensors), strict=True))
+                )
+            return tuple(torch.from_numpy(found[output]) for output in compiled.outputs)
+
+        hint = compiled.get_property("INFERENCE_PRECISION_HINT")
+        return Opened(run, {"floats": hint.get_type_name()})
+
+    def _converted(self, reader: Any, example: Sample, options: Options) -> Any:
+        runtime = self.package("openvino")
+        frontend = self.package("openvino.frontend").FrontEndManager().load_by_framework("pytorch")
+        graph = frontend.convert(frontend.load(reader))
+        graph.validate_nodes_and_infer_types()
+        sizes = {}
+        for name, given, tensor in zip(options.inputs, graph.inputs, example, strict=True):
+            free = options.dynamic.get(name, {})
+            fixed = [-1 if axis in free else size for axis, size in enumerate(tensor.shape)]
+            sizes[given] = runtime.PartialShape(fixed)
+            given.get_tensor().set_names({name})
+        for name, output in zip(options.outputs, graph.outputs, strict=True):
+            output.get_tensor().set_names({name})
+        graph.reshape(sizes)
+        return graph
+
+    def _reader(self, program: Any, example: Sample, options: Options) -> Any:
+        """What openvino reads: a trace of torch's graph where no size is free.
+
+        OpenVINO transposes queries, keys and values together when it reads torch's graph itself,
+        which takes a tenth of the encoder's time; a trace would fix the free sizes.
+        """
+        place = "openvino.frontend.pytorch"
+        if options.dynamic:
+            kind: Any = self.package(f"{place}.fx_decoder").TorchFXPythonDecoder
+            return kind.from_exported_program(program)
+        trace: Any = torch.jit.trace
+        traced = trace(program.module(), example, check_trace=False)
+        return self.package(f"{place}.ts_decoder").TorchScriptPythonDecoder(traced)
+
+    def _quantized(self, graph: Any, samples: Sequence[Sample]) -> Any:
+        nncf = self.package("nncf")
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(samples, lambda sample: tuple(floats(sample))),
+            # Without it sums and norms become integers too, and errors double.
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(samples),
+        )
+
+
+def _floats_as(wanted: str, core: Any) -> str:
+    """What numbers that are no integers are computed in; all of them where integers are not."""
+    return "bf16" if wanted != "float32" and _has_bfloat16(core) else "f32"
+
+
+def _has_bfloat16(core: Any) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Both packages report their use over the network unless told not to at their first import."""
+    try:
+        checker: Any = importlib.import_module("openvino_telemetry.utils.opt_in_checker")
+    except ImportError:
+        yield
+        return
+    asked = checker.OptInChecker.check
+    declined = checker.ConsentCheckResult.DECLINED
+    checker.OptInChecker.check = lambda *_, **__: declined
+    try:
+        yield
+    finally:
+        checker.OptInChecker.check = asked

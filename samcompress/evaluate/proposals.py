@@ -1,0 +1,366 @@
+"""How much of what is in an image a set of masks finds, whatever made them.
+
+Categories are left out: all objects of an image are one pool. Crowds are neither to be found nor
+counted against a mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..core._progress import Progress, ProgressLike
+from ..core.data import Dataset, Sample, Skipped, as_dataset
+from ..core.data._annotation import decoder
+from ..core.display import Cell
+from ..core.errors import ConfigError, DataError, ShapeError
+from . import stats
+from ._reading import ahead
+from .masks import encode
+from .records import SIZES, _order
+from .stats import Interval
+
+Rank = Literal["score", "sam"]
+Source = Mapping[Any, Any] | Callable[[np.ndarray], Any]
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+# Share of the objects with a mask of at least this IoU.
+SHARES = (0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Found:
+    """How one object was found.
+
+    Attributes:
+        image_id: id of its image.
+        annotation_id: id of the object.
+        area: the annotation's area in pixels.
+        iou: the best IoU of any mask; 0 where there is none.
+        ranks: by group of sizes (``all``, and the object's own), for each IoU from 0.50 to 0.95:
+            how many masks stand before the one matched with this object, best scores first; -1
+            where none was.
+    """
+
+    image_id: int | str
+    annotation_id: int | str
+    area: float
+    iou: float
+    ranks: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What a set of masks found.
+
+    Attributes:
+        protocol: id of the rules; only numbers of the same id may be compared.
+        limits: how many masks of an image may count for AR.
+        records: one an object, ordered by image and annotation.
+        n_masks: masks in all images.
+        n_images: images looked at.
+        n_prompts: prompts that were decoded for them; None where that was not told.
+        skipped: what could not be looked at, and why.
+    """
+
+    protocol: str
+    limits: tuple[int, ...]
+    records: tuple[Found, ...] = field(repr=False)
+    n_masks: int
+    n_images: int
+    n_prompts: int | None = None
+    skipped: tuple[Skipped, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise DataError(
+                "there is no object to find.",
+                where=self.protocol,
+                got="; ".join(map(str, self.skipped[:3])) or "no object that is no crowd",
+                expected="one object or more",
+            )
+
+    @property
+    def ar(self) -> dict[int, float]:
+        """Mean recall over IoU thresholds 0.50, 0.55, ... 0.95, by the masks that may count."""
+        return {most: _recall(self.records, most) for most in self.limits}
+
+    @property
+    def shares(self) -> dict[float, float]:
+        """Share of the objects that some mask has with an IoU of at least 0.5, 0.75, 0.9."""
+        return {least: _share(self.records, least) for least in SHARES}
+
+    @property
+    def miou(self) -> float:
+        """Mean over the objects of the best IoU of any mask."""
+        return float(np.mean([record.iou for record in self.records]))
+
+    def by_size(self) -> dict[str, dict[str, Any]]:
+        """For S, M and L: ``ar``, ``shares``, ``miou`` (None without objects), ``n_instances``."""
+        groups = {}
+        for name, (low, high) in SIZES.items():
+            part = [r for r in self.records if low <= r.area <= high]
+            groups[name] = {
+                "ar": {most: _recall(part, most, name) if part else None for most in self.limits},
+                "shares": {least: _share(part, least) if part else None for least in SHARES},
+                "miou": float(np.mean([r.iou for r in part])) if part else None,
+                "n_instances": len(part),
+            }
+        return groups
+
+    def ci(self, *, draws: int = 10_000, seed: int = 0) -> Interval:
+        """95 % interval of the AR of the most masks, images resampled."""
+        values = [_recall([record], self.limits[-1]) for record in self.records]
+        images = [record.image_id for record in self.records]
+        return stats.bootstrap(values, images, draws=draws, seed=seed)
+
+    def cells(self) -> dict[str, float | int | Cell | None]:
+        """The numbers, by the names they have in tables."""
+        low, high = self.ci()
+        most = self.limits[-1]
+        sizes = {f"AR {name}": part["ar"][most] for name, part in self.by_size().items()}
+        return {
+            **{f"AR@{k}": value for k, value in self.ar.items()},
+            f"AR@{most}": Cell(self.ar[most], (high - low) / 2),
+            **sizes,
+            **{f"recall@{least:g}": value for least, value in self.shares.items()},
+            "best IoU": self.miou,
+            "masks an image": self.n_masks / self.n_images,
+            "prompts an image": None if self.n_prompts is None else self.n_prompts / self.n_images,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return {
+            "protocol": self.protocol,
+            "ar": {str(most): value for most, value in self.ar.items()},
+            "shares": {str(least): value for least, value in self.shares.items()},
+            "miou": self.miou,
+            "n_images": self.n_images,
+            "n_instances": len(self.records),
+            "n_masks": self.n_masks,
+            "n_prompts": self.n_prompts,
+            "samples": [vars(record) for record in self.records],
+            "skipped": [vars(item) for item in self.skipped],
+        }
+
+    def __repr__(self) -> str:
+        most = self.limits[-1]
+        return f"<Recall AR@{most} {self.ar[most]:.3f} {self.protocol}>"
+
+
+def recall(
+    found: Source,
+    data: Dataset | Sequence[Sample],
+    *,
+    references: Source | None = None,
+    max_masks: Sequence[int] = (10, 100, 1000),
+    rank: Rank = "score",
+    workers: int = 0,
+    progress: ProgressLike = False,
+) -> Recall:
+    """AR, mask recall and best IoU of any masks: of a generator, a detector, a file.
+
+    Masks of one image are an object with ``masks`` (R, H, W) and ``scores`` (R,), such as
+    `sc.Everything` gives, or the list of dictionaries of `SamAutomaticMaskGenerator`.
+
+    Args:
+        found: a function from an image, (H, W, 3) uint8, to its masks, called image by image; or
+            the masks by image id.
+        data: the images, and the objects to be found.
+        references: what is to be found instead of the annotated objects, in the same forms: the
+            masks of a teacher, for the agreement of two generators.
+        max_masks: how many masks of an image may count for AR, best first.
+        rank: ``score`` takes the masks' ``scores``, of dictionaries ``score`` or
+            ``predicted_iou``; ``sam`` the mean of predicted IoU and stability, as SAM's paper.
+        workers: threads that read images ahead.
+        progress: True for a bar, or a callable that receives events.
+
+    Raises:
+        ConfigError: if an argument cannot be.
+        DataError: if there is no object to find, masks of an image are missing or damaged, or a
+            score is not a number.
+
+    Source:
+        AR: Hosang et al. 2015, arXiv 1502.05082, as COCO and Segment Anything, arXiv 2304.02643,
+        appendix D.3, have it.
+
+    Example:
+        >>> import samcompress as sc
+        >>> scenes = sc.shapes(2)
+        >>> masks = {s.id: [{"segmentation": m, "score": 1.0} for m in s.masks()] for s in scenes}
+        >>> recall(masks, scenes).ar[1000]
+        1.0
+    """
+    if rank not in get_args(Rank):
+        raise ConfigError("unknown rank.", got=rank, expected=" | ".join(get_args(Rank)))
+    limits = tuple(sorted(set(max_masks)))
+    if not limits or limits[0] < 1:
+        raise ConfigError(
+            "max_masks is a list of counts.", got=max_masks, expected="(10, 100, 1000)"
+        )
+    data = as_dataset(data)
+    records: list[Found] = []
+    n_images = n_masks = n_prompts = 0
+    told, digest = True, hashlib.sha256()
+    for sample in Progress(progress, "recall").track(
+        ahead(data, workers), label="images", total=len(data)
+    ):
+        given = _of_image(found, sample)
+        runs = _ranked(given, rank, sample)
+        asked = getattr(getattr(given, "stats", None), "prompts", None)
+        told = told and asked is not None
+        n_images, n_masks, n_prompts = n_images + 1, n_masks + len(runs), n_prompts + (asked or 0)
+        if references is None:
+            truths = [(i.id, i.area, encode(i.mask)) for i in sample.instances if not i.crowd]
+        else:
+            wanted = _ranked(_of_image(references, sample), None, sample)
+            truths = [(number, _area(run), run) for number, run in enumerate(wanted)]
+            digest.update(json.dumps([str(sample.id), wanted]).encode())
+        records += _records(sample.id, runs, truths, limits[-1])
+    against = "" if references is None else f",references={digest.hexdigest()[:12]}"
+    counts = ",".join(map(str, limits))
+    return Recall(
+        f"{data.name}#{len(data)}/proposals{against}/AR:mask/rank={rank}/max={counts}",
+        limits,
+        tuple(sorted(records, key=lambda r: (_order(r.image_id), _order(r.annotation_id)))),
+        n_masks=n_masks,
+        n_images=n_images,
+        n_prompts=n_prompts if told else None,
+        skipped=data.skipped,
+    )
+
+
+def _of_image(source: Source, sample: Sample) -> Any:
+    if callable(source):
+        return source(sample.image)
+    if sample.id not in source:
+        raise DataError(
+            "there are no masks of an image.",
+            where=f"image {sample.id}",
+            got=f"masks of {len(source)} images",
+            expected="an entry for every image, an empty list where nothing was found",
+        )
+    return source[sample.id]
+
+
+def _ranked(given: Any, rank: Rank | None, sample: Sample) -> list[Any]:
+    """Run lengths of an image's masks, best first, equals in the given order."""
+    where = f"image {sample.id}"
+    try:
+        if isinstance(given, (list, tuple)):
+            shapes: Iterable[Any] = [item["segmentation"] for item in given]
+        elif hasattr(given, "rle"):
+            shapes = [given.rle(index, compressed=True) for index in range(len(given))]
+        else:
+            shapes = given.masks
+        runs = [_run(shape, sample.size, where) for shape in shapes]
+        scores = np.zeros(len(runs)) if rank is None else _scores(given, rank)
+    except (AttributeError, KeyError, TypeError) as err:
+        raise DataError(
+            "these are no masks of an image.",
+            where=where,
+            got=f"{type(given).__name__}: {err}",
+            expected="masks and scores, or dictionaries with segmentation and predicted_iou",
+        ) from err
+    if len(scores) != len(runs) or not np.isfinite(scores).all():
+        raise DataError(
+            "scores do not fit the masks.",
+            where=where,
+            got=f"{len(scores)} scores, {int((~np.isfinite(scores)).sum())} not finite",
+            expected=f"{len(runs)} finite scores",
+        )
+    return [runs[i] for i in np.argsort(-scores, kind="stable")]
+
+
+def _scores(given: Any, rank: Rank) -> np.ndarray:
+    if isinstance(given, (list, tuple)):
+        if rank == "sam":
+            found = [(item["predicted_iou"] + item["stability_score"]) / 2 for item in given]
+        else:
+            found = [item["score"] if "score" in item else item["predicted_iou"] for item in given]
+        return np.asarray(found, dtype=float)
+    if rank == "sam":
+        both: np.ndarray = np.asarray(given.predicted_iou, float) + np.asarray(given.stability)
+        return both / 2
+    return np.asarray(given.scores, dtype=float)
+
+
+def _run(shape: Any, size: tuple[int, int], where: str) -> dict[str, Any]:
+    mask = decoder(shape, size)() if isinstance(shape, (dict, list)) else np.asarray(shape)
+    if mask.shape != size or mask.dtype != bool:
+        raise ShapeError(
+            "mask does not fit its image.",
+            where=where,
+            got=f"{mask.shape} {mask.dtype}",
+            expected=f"{size} bool",
+        )
+    return encode(mask)
+
+
+def _area(run: dict[str, Any]) -> float:
+    from pycocotools import mask as coco
+
+    return float(coco.area(run))
+
+
+def _records(
+    image: Any, runs: list[Any], truths: list[tuple[Any, float, Any]], most: int
+) -> list[Found]:
+    """What the masks, best first, found of an image's objects."""
+    from pycocotools import mask as coco
+
+    if not truths:
+        return []
+    overlaps = np.zeros((len(runs), len(truths)))
+    if runs:
+        overlaps[:] = coco.iou(runs, [run for _, _, run in truths], [0] * len(truths))
+    best = overlaps.max(0, initial=0)
+    groups = {"all": (0.0, np.inf), **SIZES}
+    ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in truths]
+    for name, (low, high) in groups.items():
+        inside = [i for i, (_, area, _) in enumerate(truths) if low <= area <= high]
+        matched = _matches(overlaps[:most, inside])
+        for column, index in enumerate(inside):
+            ranks[index][name] = tuple(matched[:, column].tolist())
+    return [
+        Found(image, key, area, float(best[index]), ranks[index])
+        for index, (key, area, _) in enumerate(truths)
+    ]
+
+
+def _matches(overlaps: np.ndarray) -> np.ndarray:
+    """Greedy matching, as COCO's scorer does it with the objects that count.
+
+    A mask that finds no free object is a mistake or matches one that does not count; neither
+    changes what is found, so that only this is looked at.
+
+    Args:
+        overlaps: (R, G) IoU of masks, best scores first, with objects.
+
+    Returns:
+        (10, G) which mask was matched at each threshold; -1 for none.
+    """
+    found = np.full((len(THRESHOLDS), overlaps.shape[1]), -1)
+    near = np.flatnonzero((overlaps >= THRESHOLDS[0] - 1e-9).any(1))
+    for taken, threshold in zip(found, THRESHOLDS, strict=True):
+        for row in near:
+            free = np.where(taken < 0, overlaps[row], -1.0)
+            # The last of equals, as the scorer goes on from one object to an equal one.
+            column = free.size - 1 - int(free[::-1].argmax())
+            if free[column] >= min(threshold, 1 - 1e-10):
+                taken[column] = row
+    return found
+
+
+def _recall(records: Sequence[Found], most: int, group: str = "all") -> float:
+    ranks = np.array([record.ranks[group] for record in records])
+    return float(((ranks >= 0) & (ranks < most)).mean(0).mean())
+
+
+def _share(records: Sequence[Found], least: float) -> float:
+    return float(np.mean([record.iou >= least for record in records]))
