@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import shutil
 import subprocess
@@ -120,6 +122,35 @@ def test_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None
     assert reason.startswith("openvino finds no bfloat16 on this processor.")
     assert openvino._floats_as("bfloat16", None) == openvino._floats_as("int8", None) == "f32"
+
+
+class SignalStack(ctypes.Structure):
+    """`stack_t` of Linux: where this thread's signals are handled."""
+
+    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> int | None:
+    found = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    place: int | None = found.place
+    return place
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks are laid out as Linux has them")
+def test_files_end_in_any_order(tmp_path: Path) -> None:
+    """Else the next child of this process that ends is a segmentation fault."""
+    backend = BACKENDS["openvino"]
+    if backend.unavailable():
+        pytest.skip(str(backend.unavailable()))
+    path = tmp_path / "small.xml"
+    backend.export(Small().eval(), EXAMPLE, path, dtype="float32", options=DYNAMIC)
+    opened = [backend.open(path, device="cpu", threads=1) for _ in range(2)]
+    before = signal_stack()
+    while opened:
+        opened.pop(0).run(*EXAMPLE)
+        gc.collect()
+        assert signal_stack() == before
 
 
 def test_sizes_are_checked() -> None:

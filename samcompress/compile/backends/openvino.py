@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class OpenVino(Backend):
         super().ready(dtype)
         if dtype == "int8":
             self.package("nncf")
-        if dtype == "bfloat16" and not _has_bfloat16(self.package("openvino").Core()):
+        if dtype == "bfloat16" and not _has_bfloat16(_core(self.package("openvino"))):
             raise BackendError(
                 "openvino finds no bfloat16 on this processor.",
                 where="export",
@@ -87,7 +88,7 @@ class OpenVino(Backend):
     def load(self, path: Path, *, device: str, threads: int) -> Opened:
         """Compile for the CPU, for one request at a time."""
         runtime = self.package("openvino", f"running {path.name}")
-        core = runtime.Core()
+        core = _core(runtime)
         with self.opening(path, f"a file that openvino {runtime.__version__} reads"):
             graph = core.read_model(path)
             wanted = graph.get_rt_info(PRECISION).astype(str)
@@ -154,6 +155,17 @@ class OpenVino(Backend):
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(samples),
         )
+
+
+@functools.cache
+def _core(runtime: ModuleType) -> Any:
+    """The one of this process, kept to its end.
+
+    Each has the thread's signals handled on a stack of its own, and the end of one puts back the
+    stack it found: after two that end in the order they began, that is one already freed, and the
+    next signal (of a child that ends, say) is a segmentation fault. Seen in openvino 2026.4.
+    """
+    return runtime.Core()
 
 
 def _floats_as(wanted: str, core: Any) -> str:
