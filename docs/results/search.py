@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import samcompress as sc
+from samcompress.core.figures import png
 from samcompress.core.files import write_whole
-from samcompress.evaluate.plots import png
 from samcompress.evaluate.search import search
 from samcompress.evaluate.study import Study
 

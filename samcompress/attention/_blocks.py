@@ -22,6 +22,7 @@ from ..core.errors import ModelError, NoEffectError
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
 from ._rel_pos import attend
+from ._takeover import OwnAttention, OwnBlock
 from ._window import pad
 from .fused import FusedBlock
 
@@ -74,47 +75,14 @@ class Approximate(Transform):
         return self.make(block.attn, block.window_size)
 
 
-class ApproximateBlock(nn.Module):
-    """A ViT block with another attention; takes over the parts of the block it replaces."""
-
-    def __init__(self, block: Any, attn: Approximation) -> None:
-        super().__init__()
-        self.norm1 = block.norm1
-        self.attn = attn
-        self.norm2 = block.norm2
-        self.mlp = block.mlp
-        self.window_size = attn.window_size
-        self.training = block.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, h, w, C) tokens to (B, h, w, C)."""
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+class ApproximateBlock(OwnBlock):
+    """A ViT block whose attention is an approximation."""
 
 
-class Approximation(nn.Module):
-    """Projections and heads of SAM's attention, between which a subclass mixes tokens its way.
-
-    Args:
-        attn: the attention whose parts are taken over.
-        window_size: side of a window in tokens; 0 to mix tokens of the whole map.
-        tables: whether tables of relative positions, if there are any, are taken over too.
-    """
+class Approximation(OwnAttention):
+    """What mixes tokens in place of SAM's attention, by a method of a subclass."""
 
     approximates = True
-
-    def __init__(self, attn: Any, window_size: int, *, tables: bool = True) -> None:
-        super().__init__()
-        self.num_heads: int = attn.num_heads
-        self.window_size = window_size
-        self.qkv = attn.qkv
-        self.proj = attn.proj
-        self.use_rel_pos: bool = attn.use_rel_pos and tables
-        if self.use_rel_pos:
-            self.rel_pos_h = attn.rel_pos_h
-            self.rel_pos_w = attn.rel_pos_w
-        self.training = attn.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, h, w, C) tokens to (B, h, w, C)."""

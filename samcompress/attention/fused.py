@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import (
-    Attention,
     Block,
     window_partition,
     window_unpartition,
@@ -19,6 +18,7 @@ from ..core.errors import ModelError, NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
 from ._rel_pos import attend, terms
+from ._takeover import OwnAttention, OwnBlock
 from ._window import pad
 
 # Bytes of scores made at a time. On a CPU they are read while still in the cache; elsewhere, and in
@@ -100,44 +100,15 @@ class Fused(Transform, family="attention", phase=30):
         return state
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(OwnBlock):
     """A ViT block with `FusedAttention`; takes over the parts of a segment_anything `Block`."""
 
     def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.norm1 = block.norm1
-        self.attn = FusedAttention(block.attn, block.window_size)
-        self.norm2 = block.norm2
-        self.mlp = block.mlp
-        self.window_size = block.window_size
-        self.training = block.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, h, w, C) tokens to (B, h, w, C)."""
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        super().__init__(block, FusedAttention(block.attn, block.window_size))
 
 
-class FusedAttention(nn.Module):
-    """Attention with decomposed relative positions, over the whole map or inside windows.
-
-    Args:
-        attn: the segment_anything `Attention` whose projections and tables are taken over.
-        window_size: side of a window in tokens; 0 for attention over the whole map.
-    """
-
-    def __init__(self, attn: Attention, window_size: int) -> None:
-        super().__init__()
-        self.num_heads = attn.num_heads
-        self.window_size = window_size
-        self.qkv = attn.qkv
-        self.proj = attn.proj
-        self.use_rel_pos = attn.use_rel_pos
-        if self.use_rel_pos:
-            self.rel_pos_h = attn.rel_pos_h
-            self.rel_pos_w = attn.rel_pos_w
-        self.training = attn.training
+class FusedAttention(OwnAttention):
+    """Attention with decomposed relative positions, over the whole map or inside windows."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, h, w, C) tokens to (B, h, w, C)."""

@@ -17,10 +17,10 @@ import samcompress as sc
 from ..core.build import ARCHITECTURES
 from ..core.display import Table
 from ..core.errors import ConfigError
+from ..core.figures import png
 from ..core.files import write_whole
 from ..core.load import SHIPPED
 from ..core.zoo import published
-from ..evaluate.plots import png
 
 
 def say(text: str) -> None:

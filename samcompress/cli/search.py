@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..core.display import Column, Table
+from ..core.figures import png
 from ..core.files import write_whole
 from ..evaluate.leaderboard import leaderboard as merge
-from ..evaluate.plots import png
 from ..evaluate.search import search as search_for
 from ..evaluate.space import NONE, Space
 from ..evaluate.study import Study

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.checkpoint import fingerprint
 from ..core.contract import device_of, parts
-from ..core.errors import ConfigError, DataError, ModelError, closest
+from ..core.errors import ConfigError, DataError, ModelError, SamCompressError, closest
 from ..core.files import sha256, whole
 from ..core.framing import framing_of
 from ..core.predict import preprocess
@@ -110,6 +110,11 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=EXTRAS
     def upgrade(cls, params: dict[str, Any], version: int) -> dict[str, Any]:
         """In version 1 `precision` was called `dtype`."""
         return {"precision" if name == "dtype" else name: value for name, value in params.items()}
+
+    @classmethod
+    def readiness(cls) -> dict[str, SamCompressError | None]:
+        """Runtimes it writes for."""
+        return {f"runtime {name}": row.hindrance() for name, row in BACKENDS.items()}
 
     @property
     def needs_data(self) -> bool:

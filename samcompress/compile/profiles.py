@@ -19,7 +19,7 @@ from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam, device_of
 from ..core.data import as_dataset, shapes
 from ..core.display import Cell, Column, Table
-from ..core.errors import BackendError, ConfigError, SamCompressError
+from ..core.errors import BackendError, ConfigError, SamCompressError, sentence
 from ..core.pipeline import Pipeline
 from ..core.predict import predict
 from ..core.prompt import Prompt
@@ -243,7 +243,7 @@ class Profile:
             same = _agreement(asked.masks(made), masks)
             took, before = self._times(made, base, at, counts)
         except (SamCompressError, RuntimeError, NotImplementedError) as err:
-            return replace(trial, reason=f"not measured: {_sentence(err)}"), None
+            return replace(trial, reason=f"not measured: {sentence(err)}"), None
         trial = replace(trial, agreement=same, ms=took, speedup=before / took)
         # Not a number is not enough either.
         if not same >= self.agreement:
@@ -392,9 +392,3 @@ def _fitting(step: Transform, model: nn.Module) -> tuple[Transform, ...]:
 def _call(step: Transform) -> str:
     values = [str(v) for k, v in step.params().items() if k in ("backend", "precision")]
     return f"{step.label}({', '.join(values)})" if values else step.label
-
-
-def _sentence(err: BaseException) -> str:
-    if isinstance(err, SamCompressError):
-        return " ".join(str(part) for part in (err.what, err.where, err.got) if part is not None)
-    return f"{type(err).__name__}: {err}".splitlines()[0]

@@ -100,3 +100,10 @@ def closest(name: str, names: Iterable[str], n: int = 3) -> str | None:
     """The nearest known names, for the `try` line of an error; None where nothing is near."""
     near = difflib.get_close_matches(name, list(names), n=n, cutoff=0.4)
     return ", ".join(near) or None
+
+
+def sentence(err: BaseException) -> str:
+    """An error in one line, as tables and logs give reasons."""
+    if isinstance(err, SamCompressError):
+        return " ".join(str(part) for part in (err.what, err.where, err.got) if part is not None)
+    return f"{type(err).__name__}: {err}".splitlines()[0]

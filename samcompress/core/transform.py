@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._progress import Progress
-from .errors import ConfigError, DataError, ModelError, closest
+from .errors import ConfigError, DataError, ModelError, SamCompressError, closest
 from .where import Where
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ class Transform(ABC):
             kind = _hints(type(self))[f.name]
             object.__setattr__(self, f.name, _coerce(self, f.name, getattr(self, f.name), kind))
         self.validate()
+
+    @classmethod
+    def readiness(cls) -> dict[str, SamCompressError | None]:
+        """What the technique could use on this machine, and what keeps it from that."""
+        return {}
 
     @property
     def needs_data(self) -> bool:

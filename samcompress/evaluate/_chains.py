@@ -20,7 +20,7 @@ from torch import nn
 from ..core._progress import ProgressLike
 from ..core.data import Dataset, Sample, as_dataset
 from ..core.display import number
-from ..core.errors import CheckpointError, ModelError, SamCompressError
+from ..core.errors import CheckpointError, ModelError, SamCompressError, sentence
 from ..core.files import write_whole
 from ..core.history import step_dict
 from ..core.pipeline import Pipeline
@@ -28,7 +28,6 @@ from ..core.transform import Transform
 from .benchmark import benchmark
 from .latency import Rounds
 from .report import Report
-from .row import sentence
 
 log = logging.getLogger("samcompress.study")
 Row = dict[str, Any]

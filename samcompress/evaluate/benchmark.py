@@ -14,7 +14,7 @@ from torch import nn
 from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Sample, as_dataset
-from ..core.errors import CheckpointError, ConfigError, DataError, SamCompressError
+from ..core.errors import CheckpointError, ConfigError, DataError, SamCompressError, sentence
 from ..core.files import write_whole
 from . import schema
 from .devices import refusal, unavailable
@@ -23,7 +23,7 @@ from .latency import Rounds
 from .presets import preset_protocol
 from .protocol import Protocol
 from .remote import Launcher
-from .row import FAILURES, Job, Row, Subject, absent_row, measure_row, plan_row, sentence
+from .row import FAILURES, Job, Row, Subject, absent_row, measure_row, plan_row
 from .runtimes import Variant, with_runtimes
 
 if TYPE_CHECKING:

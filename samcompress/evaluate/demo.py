@@ -12,13 +12,13 @@ from ..core._progress import ProgressLike
 from ..core.checkpoint import save
 from ..core.data import Dataset, shapes
 from ..core.errors import MissingDependencyError
+from ..core.figures import png
 from ..core.files import write_whole
 from ..core.load import load
 from ..core.pipeline import Pipeline
 from .benchmark import benchmark
 from .devices import pinned
 from .latency import Rounds
-from .plots import png
 from .recipes import recipe
 from .report import Report
 from .row import absent_row

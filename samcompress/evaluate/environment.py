@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..core._require import EXTRAS
+from ..core.errors import MissingDependencyError, sentence
 from ..core.registry import find, list_transforms, plugin_failures
 from . import devices
 
@@ -121,6 +122,12 @@ def doctor() -> list[Check]:
         for extra in find(name).extras:
             users.setdefault(extra, []).append(name)
     checks += [_extra(extra, names) for extra, names in users.items()]
+    for name in list_transforms():
+        for part, err in find(name).readiness().items():
+            if err is None:
+                checks.append(Check(part, "ready", f"for {name}"))
+            elif not isinstance(err, MissingDependencyError):  # which its extra's line says
+                checks.append(Check(part, "absent", sentence(err), err.fix))
     checks += [
         Check(
             f"plug-in {name}", "broken", reason, f"pip install -U or uninstall what brings {name}"

@@ -1,12 +1,10 @@
 """Pictures of a report: each function returns a figure, draws into `ax` if given, shows nothing.
 
-Figures are made without pyplot, so that no state is left behind and no window can open. Colours are
-those of Okabe and Ito, which people who see fewer colours can tell apart.
+Colours are those of Okabe and Ito, which people who see fewer colours can tell apart.
 """
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import numpy as np
 
 from ..core.display import number
 from ..core.errors import ConfigError, DataError
+from ..core.figures import axes, plain
 from .measures import Row, measure, milliseconds, slots, stages
 from .published import MARK, overlays
 from .stats import pareto as frontier
@@ -103,7 +102,7 @@ def pareto(
     ax.set_title(f"{report.doc['data']['name']}, {rows[0]['device']}", loc="left")
     ax.margins(x=0.15, y=0.15)
     ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))
-    _plain(ax)
+    plain(ax)
     named = rows
     if crowded:
         named = _numbered(ax, rows, order)
@@ -227,7 +226,7 @@ def waterfall(
     ax.margins(y=0.15)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    _plain(ax)
+    plain(ax)
     return figure
 
 
@@ -272,7 +271,7 @@ def time_split(
     ax.margins(x=0.1)
     # To the left there is room beside long names.
     ax.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
-    _plain(ax)
+    plain(ax)
     return figure
 
 
@@ -306,39 +305,12 @@ def bars(
         ax.errorbar([v for v, _ in values], places, xerr=errors, fmt="none", ecolor="black")
     ax.set_yticks(places, [_wrapped(r["name"]) for r in rows])
     ax.set_xlabel(shown.axis)
-    _plain(ax)
+    plain(ax)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return file.getvalue()
-
-
-def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The given axes and their figure, or new ones of `size` inches."""
-    if ax is not None:
-        return ax.figure.canvas.figure, ax
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    # Notebooks know figures only through pyplot; this is how an object shows itself without it.
-    figure.__dict__["_repr_png_"] = lambda: png(figure)
-    return figure, figure.subplots()
 
 
 def _wrapped(name: str, width: int = LONG + 4) -> str:
     return "\n".join(textwrap.wrap(name, width)[:3])
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
-    ax.set_axisbelow(True)
 
 
 def _labels(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.display import Cell, Column, Table
-from ..core.errors import CheckpointError, ConfigError
+from ..core.errors import CheckpointError, ConfigError, DataError
 from ..core.files import write_whole
 from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots, speedup
 from .stats import comparable
@@ -230,7 +231,8 @@ class Report:
         for device in self.devices:
             parts.append(self.table(device).html())
             if len(slots(self.select(device))) and self.base(device):
-                parts.append(picture(self.pareto(device=device)))
+                with contextlib.suppress(DataError):  # nothing was timed
+                    parts.append(picture(self.pareto(device=device)))
         return "".join(parts)
 
     def markdown(self) -> str:

@@ -26,7 +26,7 @@ from ..core.errors import (
     CheckpointError,
     ConfigError,
     ModelError,
-    SamCompressError,
+    sentence,
 )
 from ..core.history import history
 from ..core.load import load
@@ -166,13 +166,6 @@ def absent_row(name: str, device: str, *, base: bool, reason: str) -> Row:
         "reason": reason,
         "lineage": [],
     }
-
-
-def sentence(err: BaseException) -> str:
-    """An error in one line, as rows give reasons."""
-    if isinstance(err, SamCompressError):
-        return " ".join(str(part) for part in (err.what, err.where, err.got) if part is not None)
-    return f"{type(err).__name__}: {err}".splitlines()[0]
 
 
 def measure_row(row: Row, subject: Subject, base: Subject, base_row: Row | None, job: Job) -> None:
@@ -320,7 +313,7 @@ def _try(row: Row, what: str, measure: Callable[[], Any]) -> Any:
     try:
         return measure()
     except FAILURES as err:
-        log.warning("%s of %s was not measured: %s", what, row["name"], err)
+        log.warning("%s of %s was not measured: %s", what, row["name"], sentence(err))
         row["missing"][what] = sentence(err)
         return None
 

@@ -109,7 +109,7 @@ class Sensitivity:
         """
         import numpy as np
 
-        from .plots import axes
+        from ..core.figures import axes
 
         found = {(spot.block, spot.value): spot.agreement for spot in self.spots}
         grid = np.array(

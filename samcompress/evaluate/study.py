@@ -298,7 +298,7 @@ class Study:
         Raises:
             CheckpointError: if the folder cannot be written.
         """
-        from .plots import png
+        from ..core.figures import png
 
         folder = Path(folder)
         self.report.save(folder / "results.json")

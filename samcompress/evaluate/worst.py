@@ -13,12 +13,13 @@ import numpy as np
 from ..core.data import as_dataset
 from ..core.display import number
 from ..core.errors import DataError
+from ..core.figures import axes
 from ..core.predict import decode, encode
 from ..core.prompt import Prompt
 from .accuracy import aim
 from .masks import boundary
 from .measures import Row, accuracy_of
-from .plots import BLUE, ORANGE, PINK, SKY, axes
+from .plots import BLUE, ORANGE, PINK, SKY
 from .protocol import Protocol, Target, rounds
 
 if TYPE_CHECKING:

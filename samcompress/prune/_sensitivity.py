@@ -16,6 +16,7 @@ from ..core.contract import check_sam, device_of
 from ..core.data import as_dataset
 from ..core.display import Cell, Column, Table
 from ..core.errors import ConfigError, DataError, NoEffectError
+from ..core.figures import axes, plain
 from ..core.predict import decode, encode, preprocess
 from ..core.prompt import Prompt
 from ..core.transform import Context, State
@@ -155,10 +156,8 @@ class Sensitivity:
     def plot(self, ax: Plot | None = None) -> Figure:
         """The curves, one line a layer, later ones darker; drawn into `ax` if given."""
         from matplotlib import colormaps
-        from matplotlib.figure import Figure
 
-        figure = Figure((7.2, 4.4), layout="constrained") if ax is None else ax.figure.canvas.figure
-        ax = figure.subplots() if ax is None else ax
+        figure, ax = axes(ax, (7.2, 4.4))
         kinds = list(dict.fromkeys(_kind(name) for name in self.curves))
         for kind, colours in zip(
             kinds, ("Blues", "Oranges", "Greens", "Purples") * 4, strict=False
@@ -172,7 +171,7 @@ class Sensitivity:
                 ax.plot(shares, errors, ".-", color=colour, label=label)
         ax.set_xlabel("units removed, %")
         ax.set_ylabel("relative error" if self.by == "embedding" else "mean IoU lost")
-        ax.spines[["top", "right"]].set_visible(False)
+        plain(ax)
         ax.legend(frameon=False)
         return figure
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from ..core.errors import DataError, ShapeError
+from ..core.everything.choose import whole_frame
 
 GREY = 114
 # Masks are enlarged so many at a time: in float they are four times as large as in bool.
@@ -192,7 +193,7 @@ def select(
     corners = box_convert(boxes.T[likely], "cxcywh", "xyxy")
     kept = nms(corners, scores[0, likely], iou)[:max_det]
     best = likely[kept]
-    placed = place.boxes(whole_frame(corners[kept], place))
+    placed = place.boxes(whole_frame(corners[kept], place.inside, place.corner))
     thick = ((placed[:, 2:] - placed[:, :2]) >= 1).all(1)
     best, placed = best[thick], placed[thick]
     masks = np.zeros((len(best), *place.size), bool)
@@ -202,23 +203,6 @@ def select(
         masks[i : i + CHUNK] = (large & _inside(placed[i : i + CHUNK], place.size)).cpu().numpy()
     some = masks.any((1, 2))
     return Proposals(masks[some], placed.cpu().numpy()[some], scores[0, best].cpu().numpy()[some])
-
-
-def whole_frame(boxes: Tensor, place: Letterbox, *, margin: float = 20, iou: float = 0.9) -> Tensor:
-    """FastSAM's rule for boxes that are nearly the whole image: they become the whole image.
-
-    Args:
-        boxes: (N, 4) corners in pixels of the input.
-        place: where the image is in the input.
-        margin: for the comparison, sides nearer to the image's border than this are put on it.
-        iou: boxes that then overlap with the image by more than this are replaced.
-    """
-    (top, left), (height, width) = place.corner, place.inside
-    frame = boxes.new_tensor([left, top, left + width, top + height])
-    snapped = torch.where((boxes - frame).abs() < margin, frame, boxes)
-    snapped = torch.cat([snapped[:, :2].maximum(frame[:2]), snapped[:, 2:].minimum(frame[2:])], 1)
-    share = (snapped[:, 2:] - snapped[:, :2]).clamp(min=0).prod(1) / (height * width)
-    return torch.where((share > iou)[:, None], frame, boxes)
 
 
 def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:

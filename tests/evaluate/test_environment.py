@@ -13,6 +13,7 @@ import torch
 
 import samcompress as sc
 from samcompress.core import registry
+from samcompress.core.errors import BackendError, MissingDependencyError, SamCompressError
 from samcompress.evaluate import doctor, environment
 
 module = importlib.import_module("samcompress.evaluate.environment")
@@ -105,3 +106,25 @@ def test_doctor_says_which_techniques_need_an_extra() -> None:
     users = [n for n in sc.list_transforms() if "onnx" in registry.find(n).extras]
     (check,) = [c for c in doctor() if c.name == "extra onnx"]
     assert all(name in check.detail for name in users)
+
+
+def test_doctor_says_which_runtimes_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package is said once, beside its extra."""
+    step = registry.find("compile.export")
+    reasons: dict[str, SamCompressError | None] = {
+        "runtime here": None,
+        "runtime half": BackendError("half needs a compiler.", got="none", fix="apt-get install"),
+        "runtime absent": MissingDependencyError("absent is needed."),
+    }
+    monkeypatch.setattr(step, "readiness", classmethod(lambda cls: reasons))
+    found = {c.name: (c.status, c.detail, c.fix) for c in doctor() if c.name.startswith("runtime ")}
+    assert found == {
+        "runtime here": ("ready", "for compile.export", None),
+        "runtime half": ("absent", "half needs a compiler. none", "apt-get install"),
+    }
+
+
+def test_runtimes_of_this_machine() -> None:
+    named = {c.name for c in doctor() if c.name.startswith("runtime ")}
+    rows = registry.find("compile.export").readiness()
+    assert {name for name, err in rows.items() if err is None} <= named <= set(rows)

@@ -12,6 +12,7 @@ import pytest
 
 import samcompress as sc
 from samcompress.core.errors import ConfigError, DataError
+from samcompress.core.figures import png
 from samcompress.core.prompt import Prompt
 from samcompress.evaluate import plots
 from samcompress.evaluate.measures import measure, stages
@@ -207,7 +208,7 @@ def test_mask_grid_at_the_border_and_without_any_mask() -> None:
         case(truth=empty, base=empty, small=empty),
     ]
     figure = mask_grid(cases_, tile=64)
-    assert len(plots.png(figure)) > 1000
+    assert len(png(figure)) > 1000
     with pytest.raises(DataError, match="no mask to draw"):
         mask_grid([])
 

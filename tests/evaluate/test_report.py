@@ -249,5 +249,6 @@ def test_page_draws_the_worst_masks_when_given_data_and_models() -> None:
     text = report.html(data=data, models=models, worst=2)
     assert "<image" in text
     assert "Give <code>data=</code>" in report.html()
+    assert report._repr_html_().count("<svg") == 0  # nothing was timed
     other = report.html(data=data, models={"small": models["small"]}, worst=2)
     assert "none of the worst objects can be drawn" in other

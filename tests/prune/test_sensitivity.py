@@ -84,6 +84,7 @@ def test_table_and_json() -> None:
 def test_plot() -> None:
     made = found(axes=("heads", "mlp"), ratios=(0.3, 0.5), criterion="random")
     figure = made.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # notebooks show it
     axes = figure.axes[0]
     assert len(axes.lines) == 8
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["attn", "mlp"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from samcompress.core.errors import DataError, ShapeError
+from samcompress.core.everything.choose import whole_frame
 from samcompress.substitute._proposals import (
     GREY,
     Detections,
@@ -17,7 +18,6 @@ from samcompress.substitute._proposals import (
     checked,
     resized,
     select,
-    whole_frame,
 )
 
 
@@ -195,13 +195,12 @@ def test_padding_shows_in_no_mask() -> None:
 
 @pytest.mark.parametrize(("gap", "whole"), [(19, True), (20, False), (21, False)])
 def test_sides_near_the_border(gap: int, whole: bool) -> None:
-    place = Letterbox((200, 200), (200, 200), (200, 200))
     box = torch.tensor([[gap, 0.0, 200, 200], [10, 10, 185, 199]])
-    found = whole_frame(box, place)
+    found = whole_frame(box, (200, 200))
     # Without snapping the first would overlap by 0.905, 0.9 or 0.895.
     assert (found[0].tolist() == [0, 0, 200, 200]) == whole
     assert found[1].tolist() == [0, 0, 200, 200]
-    assert whole_frame(box, place, margin=0).tolist() == (
+    assert whole_frame(box, (200, 200), margin=0).tolist() == (
         [[0, 0, 200, 200], box[1].tolist()] if gap == 19 else box.tolist()
     )
 
@@ -209,11 +208,11 @@ def test_sides_near_the_border(gap: int, whole: bool) -> None:
 def test_small_boxes_and_overlap_stay() -> None:
     place = Letterbox((200, 200), (100, 200), (128, 224))  # 14 above, 12 to the left
     near: Tensor = torch.tensor([[13.0, 15, 190, 113], [13.0, 15, 193, 113], [0, 0, 224, 128]])
-    found = whole_frame(near, place)
+    found = whole_frame(near, place.inside, place.corner)
     frame = [12, 14, 212, 114]
     assert found.tolist() == [near[0].tolist(), frame, frame]
-    assert whole_frame(near, place, iou=0.99)[1].tolist() == frame
-    assert whole_frame(near[:0], place).shape == (0, 4)
+    assert whole_frame(near, place.inside, place.corner, iou=0.99)[1].tolist() == frame
+    assert whole_frame(near[:0], place.inside, place.corner).shape == (0, 4)
 
 
 # --- images ---------------------------------------------------------------------------------------

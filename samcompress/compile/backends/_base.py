@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core._require import require
-from ...core.errors import BackendError, ConfigError, MissingDependencyError
+from ...core.errors import BackendError, ConfigError, MissingDependencyError, SamCompressError
 
 Run = Callable[..., tuple[Tensor, ...]]
 Sample = tuple[Tensor, ...]
@@ -105,13 +105,18 @@ class Backend(ABC):
         """
         return require(module, extra=self.extra, purpose=purpose or self.name)
 
-    def unavailable(self, dtype: str = "float32") -> str | None:
-        """None, or why it cannot export here and how to mend that."""
+    def hindrance(self, dtype: str = "float32") -> SamCompressError | None:
+        """None, or why it cannot export here."""
         try:
             self.ready(dtype)
         except (MissingDependencyError, BackendError) as err:
-            return str(err)
+            return err
         return None
+
+    def unavailable(self, dtype: str = "float32") -> str | None:
+        """None, or why it cannot export here and how to mend that."""
+        err = self.hindrance(dtype)
+        return None if err is None else str(err)
 
     def unrunnable(self) -> str | None:
         """None, or why a file cannot be run here although it can be written."""

@@ -6,9 +6,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+
+from ._base import Backend, quiet
 
 
 @contextlib.contextmanager
@@ -30,6 +33,15 @@ def muted() -> Iterator[None]:
             os.dup2(copy, number)
             os.close(copy)
         os.close(nowhere)
+
+
+class NoisyBackend(Backend):
+    """A runtime that warns, when it is imported, of its versions or of what it does itself."""
+
+    def package(self, module: str, purpose: str | None = None) -> Any:
+        """Import a package of this runtime, in silence."""
+        with quiet(), muted():
+            return super().package(module, purpose)
 
 
 @contextlib.contextmanager

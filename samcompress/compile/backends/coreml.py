@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BackendError
-from ._base import Backend, Options, Run, Sample, floats, quiet
-from ._native import check_plain, contiguous, muted
+from ._base import Options, Run, Sample, floats
+from ._native import NoisyBackend, check_plain, contiguous, muted
 
 # They leave the Neural Engine, or depend on values.
 REFUSED = {
@@ -30,7 +30,7 @@ REFUSED = {
 PRECISIONS = {"float32": "FLOAT32", "float16": "FLOAT16"}
 
 
-class CoreMl(Backend):
+class CoreMl(NoisyBackend):
     """The row of the support table, and how to export and run.
 
     A package is a folder; it is zipped, so that it is one file with one hash. Xcode wants it
@@ -49,11 +49,6 @@ class CoreMl(Backend):
         if platform.system() == "Darwin":
             return None
         return f"Core ML is part of macOS and iOS; this is {platform.system()}"
-
-    def package(self, module: str, purpose: str | None = None) -> Any:
-        """Import a package of this runtime; it warns of all that it was not tested with."""
-        with quiet(), muted():
-            return super().package(module, purpose)
 
     def export(
         self,

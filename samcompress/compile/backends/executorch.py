@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from ._base import Backend, Opened, Options, Sample, quiet
-from ._native import check_plain, contiguous, muted
+from ._base import Opened, Options, Sample, quiet
+from ._native import NoisyBackend, check_plain, contiguous, muted
 
 
-class ExecuTorch(Backend):
+class ExecuTorch(NoisyBackend):
     """The row of the support table, and how to export and run."""
 
     name = "executorch"
@@ -21,11 +20,6 @@ class ExecuTorch(Backend):
     extra = "executorch"
     packages = ("executorch",)
     dynamic_shapes = False
-
-    def package(self, module: str, purpose: str | None = None) -> ModuleType:
-        """Import a package of this runtime; it warns of what it does itself."""
-        with quiet(), muted():
-            return super().package(module, purpose)
 
     def export(
         self,

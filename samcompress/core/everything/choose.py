@@ -23,18 +23,24 @@ if TYPE_CHECKING:
 
 
 def whole_frame(
-    boxes: Tensor, size: tuple[int, int], *, margin: float = 20, iou: float = 0.9
+    boxes: Tensor,
+    size: tuple[int, int],
+    corner: tuple[int, int] = (0, 0),
+    *,
+    margin: float = 20,
+    iou: float = 0.9,
 ) -> Tensor:
     """Boxes that are nearly the whole image become the whole image.
 
     Args:
         boxes: (N, 4) x0, y0, x1, y1 in pixels.
         size: height and width of the image.
+        corner: row and column of its first pixel, where it lies in a larger input.
         margin: for the comparison, sides nearer to the border than this are put on it.
         iou: boxes that then overlap with the image by more than this are replaced.
     """
-    height, width = size
-    frame = boxes.new_tensor([0, 0, width, height])
+    (top, left), (height, width) = corner, size
+    frame = boxes.new_tensor([left, top, left + width, top + height])
     snapped = torch.where((boxes - frame).abs() < margin, frame, boxes)
     snapped = torch.cat([snapped[:, :2].maximum(frame[:2]), snapped[:, 2:].minimum(frame[2:])], 1)
     share = (snapped[:, 2:] - snapped[:, :2]).clamp(min=0).prod(1) / (height * width)
