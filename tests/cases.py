@@ -141,6 +141,7 @@ CASES = (
     Case("quantize.tiny_sam", {"images": 1, "candidates": 2, "rounds": 1}, twice="ModelError"),
     Case("quantize.reconstruct", {"steps": 2, "images": 1}, after="quantize.fake_quant"),
     Case("quantize.qat", {"steps": 2, "batch_size": 2}, after="quantize.fake_quant"),
+    Case("quantize.float8_dynamic", {"force": True}, shrinks=("bytes",), twice="ModelError"),
     Case("compile.export", exact=1e-3, tolerance=1e-5, twice="OrderError"),
     Case("compile.torch", exact=1e-4, tolerance=1e-5, twice="OrderError"),
 )

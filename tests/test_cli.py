@@ -160,6 +160,24 @@ def test_bench_of_few_rounds_has_speed_and_memory(small: Path) -> None:
     assert all(row["memory"]["peak_mb"] > row["memory"]["baseline_mb"] > 0 for row in rows)
 
 
+def test_bench_by_a_papers_rules_with_detection_and_everything(tmp_path: Path) -> None:
+    boxes = [
+        {"image_id": sample.id, "category_id": i.category, "bbox": [8, 8, 40, 40], "score": 0.9}
+        for sample in sc.data.open("shapes:1")
+        for i in sample.instances
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    words = ("bench", SAM, "--data", "shapes:1", "--quick", "--json", "-", "--preset", "hq,nanosam")
+    done = run(*words, "--detections", tmp_path / "boxes.json", "--everything", 2)
+    assert done.exit_code == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    rules = [a["protocol"].partition("/")[2] for a in row["accuracy"]]
+    assert [text.split("/")[1] for text in rules] == ["single", "predicted"]
+    assert "crowd=yes" in rules[1]
+    assert row["detection"]["detector"]["n_boxes"] == len(boxes)
+    assert row["everything"]["n_prompts"] == 4
+
+
 def test_bench_prints_json_and_nothing_else() -> None:
     words = ("bench", SAM, "--data", "shapes:1", "--prompts", "box", "--quick", "--json", "-")
     document = json.loads(run(*words).stdout)
@@ -195,6 +213,8 @@ def test_doctor_is_content_here() -> None:
         (("apply", "small", "--model", f"{SAM}@size", "--out", "x"), "sizes are not understood"),
         (("bench", SAM, "--data", "nowhere"), "no data of a known layout"),
         (("bench", SAM, "--data", DATA, "--prompts", "boxx"), "unknown prompt"),
+        (("bench", SAM, "--data", DATA, "--preset", "nano"), "try       nanosam"),
+        (("bench", SAM, "--data", DATA, "--detections", "b.json"), "b.json"),
         (("compare", "a.json", "b.json"), "this is not a result file"),
     ],
 )

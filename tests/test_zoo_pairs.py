@@ -83,7 +83,9 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "prune.filters": {"does not cut a ViT of segment_anything": BLOCKS},
     "prune.decoder": {"matched no module it can act on": ("efficient_sam",)},
     "attention.fused": {
-        "finds no ViT block of segment_anything": but(*BLOCKS, "lite_vit", "u_net"),
+        "finds neither ViT blocks nor the mask decoder": (
+            "tiny_sam", "edge_sam", "sam_hq_vit_tiny", "sam2", "edgetam",
+        ),
     },
     "distill.encoder": {},
     "distill.prompt_loop": {},

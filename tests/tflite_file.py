@@ -21,7 +21,13 @@ def ints(*values: int) -> bytes:
 
 
 def write_tflite(
-    path: Path, tensors: Tensors, operators: Operators, *, branches: int = 0, free: str = ""
+    path: Path,
+    tensors: Tensors,
+    operators: Operators,
+    *,
+    branches: int = 0,
+    free: str = "",
+    behind: bool = False,
 ) -> Path:
     """Write a graph.
 
@@ -31,6 +37,7 @@ def write_tflite(
         operators: in the order in which they run.
         branches: so many empty graphs besides.
         free: a tensor whose first size is not fixed.
+        behind: constants stand behind the tables, as in large files.
     """
     rules, places = _rules(), {name: i for i, name in enumerate(tensors)}
     names = list(dict.fromkeys(operator[0] for operator in operators))
@@ -59,15 +66,22 @@ def write_tflite(
         }
         for name, inputs, outputs, settings in operators
     ]
-    buffers: list[Any] = [
-        {},
-        *({} if data is None else {0: data} for _, _, data in tensors.values()),
-    ]
     graphs = [{0: found, 3: run}, *({} for _ in range(branches))]
-    out = bytearray(b"\0\0\0\0TFL3")
-    root = _put(out, {0: ("I", 3), 1: codes, 2: graphs, 4: buffers})
-    out[:4] = struct.pack("<I", root)
-    path.write_bytes(out)
+    constants = [data for _, _, data in tensors.values()]
+
+    def written(start: int) -> bytearray:
+        buffers: list[Any] = [{}]
+        for data in constants:
+            inside: dict[int, Any] = {} if data is None else {0: data}
+            buffers.append({1: ("Q", start), 2: ("Q", len(data))} if behind and data else inside)
+            start += len(data or b"")
+        out = bytearray(b"\0\0\0\0TFL3")
+        root = _put(out, {0: ("I", 3), 1: codes, 2: graphs, 4: buffers})
+        out[:4] = struct.pack("<I", root)
+        return out
+
+    tables = written(len(written(0)))
+    path.write_bytes(tables + b"".join(data or b"" for data in constants if behind))
     return path
 
 
@@ -93,14 +107,14 @@ def _put(out: bytearray, value: Any) -> int:
 
 def _put_table(out: bytearray, fields: Mapping[int, Any]) -> int:
     count = max(fields, default=-1) + 1
-    offsets = [4 + 4 * i if i in fields else 0 for i in range(count)]
+    offsets = [4 + 8 * i if i in fields else 0 for i in range(count)]
     table = len(out)
-    out += struct.pack(f"<HH{count}H", 4 + 2 * count, 4 + 4 * count, *offsets)
+    out += struct.pack(f"<HH{count}H", 4 + 2 * count, 4 + 8 * count, *offsets)
     out += b"\0" * (-len(out) % 4)
     start = len(out)
-    out += struct.pack("<i", start - table) + b"\0\0\0\0" * count
+    out += struct.pack("<i", start - table) + b"\0" * 8 * count
     for field, value in fields.items():
-        slot = start + 4 + 4 * field
+        slot = start + 4 + 8 * field
         # A single number lies in the table itself, everything else behind it.
         if isinstance(value, tuple) and not isinstance(value[1], list):
             out[slot : slot + struct.calcsize(value[0])] = struct.pack("<" + value[0], value[1])

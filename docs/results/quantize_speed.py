@@ -1,6 +1,7 @@
-"""Time, size, memory and error of eight encoders: four kinds of numbers, fused and not.
+"""Time, size, memory and error of encoders: four kinds of numbers, five on a GPU, fused and not.
 
     python docs/results/quantize_speed.py --model vit_b --size 1024 --calls 5
+    python docs/results/quantize_speed.py --model vit_h --device cuda --calls 20  # float8 too
 
 All rows take turns, call by call, on one thread, on the same image. A model without weights of its
 own (`vit_b`) is random, its tables and biases too: its times and sizes are those of any other, its
@@ -23,11 +24,13 @@ import torch
 
 import samcompress as sc
 from samcompress.core.build import ARCHITECTURES
+from samcompress.core.devices import device
 from samcompress.core.predict import decode, encode, preprocess
 from samcompress.core.transform import Transform
 from samcompress.evaluate.environment import environment
 from samcompress.evaluate.memory import memory
 from samcompress.quantize.b_float16 import BFloat16
+from samcompress.quantize.float8_dynamic import Float8Dynamic
 from samcompress.quantize.int8_dynamic import Int8Dynamic
 
 HERE = Path(__file__).parent
@@ -38,6 +41,7 @@ KINDS: dict[str, tuple[Transform, ...]] = {
     "int8": (Int8Dynamic(force=True),),
     "int8 in bf16": (Int8Dynamic(force=True), BFloat16()),
 }
+ON_GPU: dict[str, tuple[Transform, ...]] = {"fp8 in bf16": (Float8Dynamic(force=True), BFloat16())}
 
 
 def load(name: str, size: int) -> Any:
@@ -57,7 +61,8 @@ def load(name: str, size: int) -> Any:
 def rows_of(sam: Any) -> dict[str, Any]:
     """Name of a row to its model."""
     found = {}
-    for fused, (kind, steps) in itertools.product((False, True), KINDS.items()):
+    kinds = KINDS | (ON_GPU if next(sam.parameters()).is_cuda else {})
+    for fused, (kind, steps) in itertools.product((False, True), kinds.items()):
         chain = [*([sc.attention.Fused()] if fused else []), *steps]
         made = sc.Pipeline(chain)(sam, progress=False) if chain else sam
         found[f"{kind}, fused" if fused else kind] = made.eval()
@@ -71,6 +76,8 @@ def times(models: dict[str, Any], image: torch.Tensor, calls: int) -> dict[str, 
         for name, model in models.items():
             start = time.perf_counter()
             model.image_encoder(image)
+            if image.is_cuda:
+                torch.cuda.synchronize()
             if turn:
                 found[name].append(time.perf_counter() - start)
     return found
@@ -100,11 +107,11 @@ def overlap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All rows, as plain JSON values."""
-    sam = load(args.model, args.size).eval()
+    sam = load(args.model, args.size).eval().to(args.device)
     models = rows_of(sam)
     scenes = sc.shapes(args.images, seed=9, size=(args.size * 3 // 4, args.size))
     with torch.inference_mode():
-        image = preprocess(sam, scenes[0].image)[0][None].float()
+        image = preprocess(sam, scenes[0].image)[0][None].float().to(args.device)
         taken = times(models, image, args.calls)
     expected = answers(sam, scenes)
     rows = []
@@ -114,7 +121,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             folder = Path(scratch) / "model"
             sc.save(model, folder)
             size = (folder / "model.safetensors").stat().st_size
-            used = memory(folder, threads=1).to_dict() if args.memory else None
+            used = None
+            if args.memory:
+                used = memory(folder, device=args.device, threads=1).to_dict()
         error = float((features - expected[0]).norm() / expected[0].norm())
         rows.append(
             {
@@ -127,10 +136,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "memory": used,
             }
         )
+    machine = device(args.device).name
     return {
         "format": 1,
         "environment": environment(),
-        "settings": {**vars(args), "threads": 1, "dtype_of_base": "float32"},
+        "settings": {
+            **vars(args),
+            "threads": 1,
+            "machine": f"one thread of {machine}" if args.device == "cpu" else machine,
+            "dtype_of_base": "float32",
+        },
         "rows": rows,
     }
 
@@ -142,8 +157,7 @@ def table(result: dict[str, Any]) -> str:
     median = statistics.median(base["seconds"])
     lines = [
         "# Speed of quantization in PyTorch\n",
-        f"`{settings['model']}`, {settings['size']} px, one thread of "
-        f"{result['environment']['cpu']}, torch "
+        f"`{settings['model']}`, {settings['size']} px, {settings['machine']}, torch "
         f"{result['environment']['versions']['torch']}; medians of {settings['calls']} calls in "
         "turns, all calls between the brackets. The first row is segment_anything's own encoder. "
         "Made by `docs/results/quantize_speed.py`.\n",
@@ -170,6 +184,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side of the padded image")
     parser.add_argument("--calls", type=int, default=5, help="calls that count, of each row")
     parser.add_argument("--images", type=int, default=2, help="scenes errors are measured on")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip memory")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of both files")
     args = parser.parse_args()

@@ -2,7 +2,7 @@
 
 | Technique | What it does | Accuracy |
 |---|---|---|
-| `Fused` | the encoder's attention in cache-sized pieces, windows padded late | exact |
+| `Fused` | attention in cache-sized pieces; what prompts share decoded once | exact |
 | `Windowed` | global blocks attend inside windows | approximate; distil |
 | `Dilated` | tokens a fixed distance apart meet | approximate; distil |
 | `PooledKV` | keys and values averaged over cells, in the decoder too | approximate |

@@ -121,7 +121,20 @@ def bench(
     models: Models,
     data: Annotated[str, typer.Option(help="As for apply.")],
     device: Annotated[str, typer.Option(help="One or several: cpu,cuda,mps,edge-tpu.")] = "cpu",
-    prompts: Annotated[str, typer.Option(help="box, point, clicks-3, random-3, ...")] = "box,point",
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="box, point, clicks-3, random-3, ...; box,point without --preset."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Protocols of papers' tables: edgesam-box,sam-click, ...")
+    ] = None,
+    detections: Annotated[
+        Path | None, typer.Option(help="A detector's boxes (COCO's result JSON), for AP of masks.")
+    ] = None,
+    everything: Annotated[
+        int | None,
+        typer.Option(help="Segment everything by a grid of N x N points, for AR@1000.", min=1),
+    ] = None,
     limit: Limit = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few timed calls, no memory.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Exactly N timed calls.", min=1)] = None,
@@ -154,7 +167,10 @@ def bench(
         report = sc.evaluate.benchmark(
             {name: source_of(source) for name, source in sources.items()},
             samples,
-            prompts=prompts.split(","),
+            prompts=prompts.split(",") if prompts else None,
+            presets=preset.split(",") if preset else (),
+            detections=detections,
+            everything=everything,
             devices=device.split(","),
             rounds=replace(often, processes=processes or 1),
             memory=not quick,

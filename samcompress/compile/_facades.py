@@ -16,6 +16,7 @@ from ..core.errors import BackendError
 from ..core.files import sha256
 from ._graphs import BOTTOM_RIGHT, DECODER, ENCODER, NO_POINT, PLAIN, TOP_LEFT, Buckets
 from .backends import BACKENDS, Opened
+from .edge_tpu import edge_tpu_check
 
 # Padding points that segment_anything adds to nothing, points, a box, and both.
 PADDING = (0, 1, 0, 0)
@@ -113,6 +114,19 @@ class Exported(nn.Module):
                 expected=self.hashes[name],
                 fix="export the model again",
             )
+
+    def checks(self) -> list[dict[str, Any]]:
+        """What an Edge TPU would run of the .tflite files: a table each, as plain JSON values.
+
+        Raises:
+            CheckpointError: if a file cannot be read.
+        """
+        files = {n: path for n, path in self.artifacts.items() if path.suffix == ".tflite"}
+        tables = {name: edge_tpu_check(path).table() for name, path in files.items()}
+        return [
+            {"file": name, "title": t.title, "rows": t.records(), "notes": list(t.notes)}
+            for name, t in tables.items()
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -140,13 +141,15 @@ class PromptDecoder(nn.Module):
     image_pe: Tensor
     labels: Tensor
     no_mask: Tensor
+    extent: Tensor
 
     def __init__(self, prompt_encoder: Any, mask_decoder: Any) -> None:
         super().__init__()
         self.pe_layer = prompt_encoder.pe_layer
         self.mask_downscaling = prompt_encoder.mask_downscaling
         self.mask_decoder = mask_decoder
-        self.size = prompt_encoder.input_image_size
+        height, width = prompt_encoder.input_image_size
+        self.register_buffer("extent", torch.tensor([float(width), float(height)]))
         embeddings = (prompt_encoder.not_a_point_embed, *prompt_encoder.point_embeddings)
         # Some runtimes misread buffers with strides, and this one is a permuted view.
         self.register_buffer("image_pe", prompt_encoder.get_dense_pe().contiguous())
@@ -175,7 +178,7 @@ class PromptDecoder(nn.Module):
         Returns:
             (P, M, 4h, 4w) logits and (P, M) scores, M counting the single mask first.
         """
-        sparse = self.pe_layer.forward_with_coords(point_coords + 0.5, self.size)
+        sparse = self._placed(point_coords + 0.5)
         label = point_labels[..., None]
         sparse = torch.where(label == NO_POINT, 0.0, sparse)
         for index, embedding in enumerate(self.labels):
@@ -192,6 +195,13 @@ class PromptDecoder(nn.Module):
             dense_prompt_embeddings=dense,
         )
         return masks, scores
+
+    def _placed(self, coords: Tensor) -> Tensor:
+        """`PositionEmbeddingRandom` without a matrix product, which may be computed in few bits."""
+        x, y = (2 * coords / self.extent - 1).unsqueeze(-1).unbind(-2)
+        across, down = self.pe_layer.positional_encoding_gaussian_matrix
+        phase = 2 * math.pi * (x * across + y * down)
+        return torch.cat([phase.sin(), phase.cos()], -1)
 
 
 def rounding(modules: Iterable[nn.Module]) -> str | None:

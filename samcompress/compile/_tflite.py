@@ -176,7 +176,7 @@ def _root(data: bytes) -> Record:
 
 
 def _graph(model: Record, names: Sequence[str], kinds: Sequence[str]) -> Graph:
-    buffers = [buffer.raw(0) for buffer in model.records(4)]
+    buffers = [_content(buffer) for buffer in model.records(4)]
     codes = [_name(code, names) for code in model.records(1)]
     main, *branches = model.records(2)
     tensors = [_tensor(tensor, buffers, kinds) for tensor in main.records(0)]
@@ -190,6 +190,16 @@ def _graph(model: Record, names: Sequence[str], kinds: Sequence[str]) -> Graph:
         for found in main.records(3)
     )
     return Graph(operators, len(branches))
+
+
+def _content(buffer: Record) -> bytes | None:
+    """The bytes of a constant; large files have them behind the tables, and say where."""
+    start, size = buffer.number(1, "Q"), buffer.number(2, "Q")
+    if not start:
+        return buffer.raw(0)
+    if start + size > len(buffer.data):
+        raise IndexError("the file ends early")
+    return buffer.data[start : start + size]
 
 
 def _name(code: Record, names: Sequence[str]) -> str:

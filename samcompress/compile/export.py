@@ -35,7 +35,8 @@ WANTED = {
 }
 
 
-EXTRAS = tuple(dict.fromkeys(row.extra for row in BACKENDS.values() if row.extra))
+NAMED = (extra for row in BACKENDS.values() for extra in (row.extra, row.calibrators_extra))
+EXTRAS = tuple(dict.fromkeys(extra for extra in NAMED if extra))
 
 
 @register
@@ -49,12 +50,12 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=EXTRAS
 
     Args:
         backend: the runtime: "onnxruntime"; "openvino", the fastest on x86; "aot", torch's own
-            compiler ahead of time, which needs no package.
+            compiler ahead of time, which needs no package but for "int8".
         precision: what the image encoder computes in. "int8" multiplies integers in its products
             and, with "openvino", computes the rest in bfloat16 where the processor can.
         decoder: what the prompt decoder computes in; less than floats costs masks.
         images: calibration images, the first of the data, where the runtime asks for them:
-            "openvino" in int8.
+            "openvino" and "aot" in int8.
         prompts: for runtimes of fixed sizes only: prompts at a time. There is a decoder for each of
             these numbers with each of `points`; more prompts are cut, fewer filled up.
         points: likewise, points of a prompt. A click takes two, with its padding; a box two. Fewer
@@ -86,10 +87,10 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=EXTRAS
 
     Source:
         ONNX Runtime, Microsoft, MIT licence, https://onnxruntime.ai; ONNX through `torch.onnx`.
-        OpenVINO and NNCF, Intel, Apache-2.0. AOTInductor, PyTorch. The split in two graphs and the
-        labels 2 and 3 for boxes are those of segment_anything's own ONNX example (Apache-2.0);
-        unlike it, boxes, masks and the choice of masks work as in `SamPredictor`, and resizing
-        stays outside the graph.
+        OpenVINO, NNCF and neural-compressor, Intel, Apache-2.0. AOTInductor, PyTorch. The split in
+        two graphs and the labels 2 and 3 for boxes are those of segment_anything's own ONNX example
+        (Apache-2.0); unlike it, boxes, masks and the choice of masks work as in `SamPredictor`, and
+        resizing stays outside the graph.
 
     Example:
         >>> import samcompress as sc

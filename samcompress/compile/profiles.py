@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -288,8 +287,7 @@ class Profile:
 
     def _edge_tpu(self, model: Any, data: Any) -> Choice:
         """The only chain there is: an int8 file, looked at operator by operator."""
-        check = getattr(sys.modules[__package__], "edge_tpu_check", None)
-        if check is None or "litert" not in BACKENDS:
+        if BACKENDS["litert"].hindrance("int8") is not None:
             raise BackendError(
                 "nothing here runs a model on an Edge TPU.",
                 got=devices.unavailable(self.device) or "an Edge TPU, and no converter",
@@ -297,14 +295,16 @@ class Profile:
                 fix="a small convolutional encoder, e.g. sc.substitute.RepViT, and LiteRT",
             )
         step = Export(backend="litert", precision="int8")
-        made = Pipeline([step])(model, data=data, progress=False)
+        made: Any = Pipeline([step])(model, data=data, progress=False)
         asked = _Asked(data, self.images)
         same = _agreement(asked.masks(made), asked.masks(model))
         reason = devices.unavailable(self.device)
+        # The decoder is in floats, and stays on the CPU.
+        (found,) = made.image_encoder.checks()
         trial = Trial(
             steps=(step,),
             agreement=same,
-            reason=f"{check(made)}; time not measured{f': {reason}' if reason else ''}",
+            reason=f"{found['title']}; time not measured{f': {reason}' if reason else ''}",
         )
         return Choice(self, made, trial, (trial,), None, {})
 

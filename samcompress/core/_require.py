@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "search": ("optuna",),
+    "neural-compressor": ("neural_compressor", "torchao"),
     "executorch": ("executorch",),
     "litert": ("ai_edge_litert", "ai_edge_quantizer"),
     "coreml": ("coremltools",),

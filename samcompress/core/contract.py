@@ -133,3 +133,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
+
+
+def cast(x: Tensor, kind: torch.dtype) -> Tensor:
+    """A batch in another type; what is expanded along the batch stays so, and is cast once."""
+    return x[:1].to(kind).expand_as(x) if x.stride(0) == 0 else x.to(kind)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contract import device_of, dtype_of, parts
+from .contract import cast, device_of, dtype_of, parts
 from .errors import DataError, ModelError, ShapeError
 from .framing import framing_of
 from .prompt import Prompt, check_inside
@@ -274,7 +274,7 @@ def _run(
         image_embeddings=embedding.features.to(decoder_type),
         image_pe=model.prompt_encoder.get_dense_pe().to(decoder_type),
         sparse_prompt_embeddings=sparse.to(decoder_type),
-        dense_prompt_embeddings=dense.to(decoder_type),
+        dense_prompt_embeddings=cast(dense, decoder_type),
         multimask_output=multimask,
     )
     return logits, scores

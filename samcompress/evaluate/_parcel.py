@@ -133,6 +133,8 @@ def write_data(data: Dataset, folder: Path, *, first: bool = False) -> dict[str,
             {
                 "id": sample.id,
                 "name": sample.name,
+                "negative": sample.negative,
+                "not_exhaustive": sample.not_exhaustive,
                 "instances": [
                     {
                         "id": i.id,
@@ -152,6 +154,7 @@ def write_data(data: Dataset, folder: Path, *, first: bool = False) -> dict[str,
     return {
         "name": data.name,
         "length": len(data),
+        "groups": list(data.groups.items()),
         "skipped": [vars(item) for item in data.skipped],
         "samples": records,
     }
@@ -163,7 +166,7 @@ class Sent(Dataset):
     def __init__(self, record: dict[str, Any], folder: Path) -> None:
         samples = [_sample(item, folder / f"{n}.png") for n, item in enumerate(record["samples"])]
         skips = Skips("skip", [Skipped(**item) for item in record["skipped"]])
-        super().__init__(samples, record["name"], skips=skips)
+        super().__init__(samples, record["name"], groups=dict(record["groups"]), skips=skips)
         self.length = record["length"]
 
     def __len__(self) -> int:
@@ -188,6 +191,7 @@ def _sample(record: dict[str, Any], file: Path) -> Sample:
             )
             for item in record["instances"]
         )
+        known = {name: tuple(record[name]) for name in ("negative", "not_exhaustive")}
     except (KeyError, TypeError) as err:
         raise DataError("this is no image of a parcel.", where=file.name, got=str(err)) from err
-    return Held(record["id"], record["name"], image, instances)
+    return Held(record["id"], record["name"], image, instances, **known)

@@ -105,7 +105,8 @@ def average_precision(
             1, 10 and 100 if left out, by LVIS's rules 300.
         rules: ``lvis`` judges a detection only where the image is known to hold or to lack its
             category, and takes the best 300 of an image; if left out, as the data are annotated.
-        groups: a name for each category, for an AP of each group, as LVIS's ``frequency``.
+        groups: a name for each category, for an AP of each group; LVIS's rare, common and frequent
+            ones if left out, where the data tell.
         source: where detections come from, for the protocol id; an accuracy says it itself.
 
     Raises:
@@ -151,7 +152,9 @@ def average_precision(
     name = f"{data.name}#{len(data)}/{source}/AP:{overlap}/categories={categories}"
     name += ",rules=lvis" if rules == "lvis" else ""
     counts = ",".join(map(str, limits))
-    return _result(f"{name}/max={counts}", run, limits, groups or {}, detector)
+    if groups is None:
+        groups = {} if class_agnostic else data.groups
+    return _result(f"{name}/max={counts}", run, limits, groups, detector)
 
 
 def _rules(rules: Rules | None, data: Dataset, class_agnostic: bool) -> Rules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,18 @@ from ..core._progress import Progress, ProgressLike
 from ..core.contract import check_sam
 from ..core.data import Dataset, Sample, as_dataset
 from ..core.errors import CheckpointError, ConfigError, DataError, SamCompressError, sentence
+from ..core.everything import Everything
 from ..core.files import write_whole
 from . import schema
-from .devices import refusal, unavailable
-from .environment import environment
+from ._beside import generator
+from ._places import Here, There
+from .detections import Boxes, boxes_of
+from .devices import unavailable
 from .latency import Rounds
 from .presets import preset_protocol
 from .protocol import Protocol
 from .remote import Launcher
-from .row import FAILURES, Job, Row, Subject, absent_row, measure_row, plan_row
+from .row import Job, Row, Subject, absent_row
 from .runtimes import Variant, with_runtimes
 
 if TYPE_CHECKING:
@@ -37,13 +40,16 @@ def benchmark(
     models: Mapping[str, Model],
     data: Dataset | Sequence[Sample],
     *,
-    prompts: Sequence[str] = ("box", "point"),
+    prompts: Sequence[str] | None = None,
+    presets: Sequence[str] = (),
     devices: Sequence[str] = ("cpu",),
     base: str | None = None,
     accuracy: bool = True,
     latency: bool = True,
     memory: bool = True,
     energy: bool = False,
+    detections: Boxes | str | Path | Iterable[Mapping[str, Any]] | None = None,
+    everything: int | Everything | None = None,
     backends: Sequence[str] = (),
     on: str | Launcher | None = None,
     rounds: Rounds | int | None = None,
@@ -69,7 +75,9 @@ def benchmark(
     Args:
         models: SAMs, or what `sc.load` takes, by the names they get in tables.
         data: images with masks.
-        prompts: how objects are asked for, see `samcompress.evaluate.prompts`.
+        prompts: how objects are asked for, see `samcompress.evaluate.prompts`; box and point if
+            neither these nor presets are given.
+        presets: protocols of published tables, such as ``"edgesam-box"``, see `PRESETS`.
         devices: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``edge-tpu``.
         base: name of the model the others are compared with; the first if left out.
         accuracy: measure it.
@@ -77,6 +85,9 @@ def benchmark(
             their times as the base's over the ratio so found.
         memory: measure it, in a process of its own for each row.
         energy: measure it where the device has a counter, else say why not.
+        detections: boxes of a detector, as for `detections`: adds the AP of one mask for each.
+        everything: points along each side of a grid: adds AR@1000 and mask recall of what is found
+            so, nothing filtered, as in SAM's paper, where it is 64; or an `Everything` of your own.
         backends: runtimes that each model is exported to, a row each: ``"onnxruntime"``,
             ``"openvino:int8"``, ``"all"``. One that is not installed gives a row that says so.
         on: another machine: ``"ssh:me@pi"``, ``"cmd:..."``, see `Launcher`. The devices are then
@@ -93,9 +104,9 @@ def benchmark(
         protocol: choice, feedback, include_crowd, min_area, average, seed of `accuracy`.
 
     Raises:
-        ConfigError: if a name, device or prompt is unknown, or `out` holds results of other
+        ConfigError: if a name, device, prompt or preset is unknown, or `out` holds results of other
             conditions.
-        DataError: if there is nothing to score.
+        DataError: if there is nothing to score, or no box is of these images.
         BackendError: if the other machine cannot be reached.
         CheckpointError: if `out` cannot be read or written.
 
@@ -111,9 +122,13 @@ def benchmark(
     from .report import Report
 
     data = as_dataset(data)
+    if prompts is None:
+        prompts = () if presets else ("box", "point")
+    if presets:
+        protocol["presets"] = _listed("presets", presets, '("edgesam-box",)')
     job = Job(
         data=data,
-        prompts=() if isinstance(prompts, str) else tuple(prompts),
+        prompts=tuple(_listed("prompts", prompts, '("box", "point")')),
         accuracy=accuracy,
         latency=latency,
         memory=memory,
@@ -124,10 +139,12 @@ def benchmark(
         batch_size=batch_size,
         protocol=protocol,
         progress=progress,
+        detections=None if detections is None else boxes_of(detections, data),
+        everything=everything,
     )
-    base = _check(models, base, devices, job)
+    base = _check(models, base, devices, job, remote=on is not None)
     every = with_runtimes(models, backends)
-    place = _Here() if on is None else _There(on, devices)
+    place = Here() if on is None else There(on, devices)
     doc = _document(job, place)
     path = None if out is None else _file(Path(out))
     run = _Run(every, base, doc, path, job, place)
@@ -143,67 +160,6 @@ def benchmark(
     return Report(doc)
 
 
-class _Here:
-    """This machine measures."""
-
-    def __init__(self) -> None:
-        self.environment = environment()
-        self.settings: Row = {}
-
-    def unavailable(self, device: str) -> str | None:
-        return unavailable(device)
-
-    def holds(self, device: str) -> str:
-        """Where models are held while they are measured."""
-        return device
-
-    def row(
-        self, subject: Subject, device: str, base: Subject, base_row: Row | None, job: Job
-    ) -> Row:
-        reason = refusal(subject.model, device)
-        if reason is not None:
-            return absent_row(subject.name, device, base=subject is base, reason=reason)
-        row = plan_row(subject, device, base)
-        measure_row(row, subject, base, base_row, job)
-        return row
-
-
-class _There:
-    """Another machine measures; a row comes from it whole or says what happened."""
-
-    def __init__(self, on: str | Launcher, devices: Sequence[str]) -> None:
-        self.launcher = Launcher(on) if isinstance(on, str) else on
-        found = self.launcher.look(devices)
-        self.environment: Row = found["environment"]
-        self.settings: Row = {"on": self.launcher.spec}
-        self.reasons: dict[str, str | None] = found["unavailable"]
-
-    def unavailable(self, device: str) -> str | None:
-        return self.reasons.get(device, "the other machine does not know this device")
-
-    def holds(self, device: str) -> str:
-        return "cpu"
-
-    def row(
-        self, subject: Subject, device: str, base: Subject, base_row: Row | None, job: Job
-    ) -> Row:
-        try:
-            row = self.launcher.row(subject, device, base, base_row, job)
-            schema.check_row(row, where=self.launcher.spec)
-        except FAILURES as err:
-            log.warning("%s on %s was not measured: %s", subject.name, self.launcher.spec, err)
-            is_base, reason = subject is base, sentence(err)
-            return absent_row(subject.name, device, base=is_base, reason=reason)
-        # The machine measures; which model it was is known here.
-        return row | {
-            "name": subject.name,
-            "device": device,
-            "base": subject is base,
-            "identity": subject.identity,
-            "base_identity": base.identity,
-        }
-
-
 class _Run:
     """The rows so far, and where they are kept."""
 
@@ -214,7 +170,7 @@ class _Run:
         doc: Row,
         path: Path | None,
         job: Job,
-        place: _Here | _There,
+        place: Here | There,
     ) -> None:
         self.place = place
         self.models = models
@@ -296,7 +252,14 @@ class _Run:
         return next(found, None)
 
 
-def _check(models: Mapping[str, Model], base: str | None, wanted: Sequence[str], job: Job) -> str:
+def _check(
+    models: Mapping[str, Model],
+    base: str | None,
+    wanted: Sequence[str],
+    job: Job,
+    *,
+    remote: bool,
+) -> str:
     """Find mistakes before hours of work; returns the name of the base."""
     if not models:
         raise ConfigError("there is no model to measure.", expected='{"base": sam, "small": small}')
@@ -306,21 +269,35 @@ def _check(models: Mapping[str, Model], base: str | None, wanted: Sequence[str],
     base = next(iter(models)) if base is None else base
     if base not in models:
         raise ConfigError("the base is not among the models.", got=base, expected=", ".join(models))
-    if not wanted or isinstance(wanted, str):
-        raise ConfigError("devices is a list.", got=repr(wanted), expected='("cpu",)')
+    if not _listed("devices", wanted, '("cpu",)'):
+        raise ConfigError("there is no device to measure on.", expected='devices=("cpu",)')
     for spec in wanted:
         unavailable(spec)
-    if not job.prompts:
-        raise ConfigError("prompts is a list.", got=repr(job.prompts), expected='("box", "point")')
+    if not job.prompts and not job.protocol.get("presets"):
+        raise ConfigError("there is no prompt to ask with.", expected='prompts=("box", "point")')
     rules = {k: v for k, v in job.protocol.items() if k != "presets"}
     for prompt in job.prompts:
         Protocol(data=job.data.name, prompt=prompt, **rules)
     for name in job.protocol.get("presets", ()):
         preset_protocol(name, job.data.name)
+    if job.everything is not None:
+        generator(job.everything)
+    if remote and isinstance(job.everything, Everything):
+        raise ConfigError(
+            "a generator of your own cannot be sent to another machine.",
+            got=f"everything={job.everything!r}",
+            expected="the points along each side of a grid",
+        )
     return base
 
 
-def _document(job: Job, place: _Here | _There) -> Row:
+def _listed(what: str, names: Sequence[str], expected: str) -> list[str]:
+    if isinstance(names, str):
+        raise ConfigError(f"{what} is a list.", got=repr(names), expected=expected)
+    return list(names)
+
+
+def _document(job: Job, place: Here | There) -> Row:
     data, machine = job.data, place.environment
     return {
         "format": schema.FORMAT,

@@ -16,6 +16,7 @@ from ..core.figures import png
 from ..core.files import write_whole
 from ..core.load import load
 from ..core.pipeline import Pipeline
+from ..core.registry import get
 from .benchmark import benchmark
 from .devices import pinned
 from .latency import Rounds
@@ -24,8 +25,9 @@ from .report import Report
 from .row import absent_row
 
 # Enough calls to rank models on a busy machine, few enough that the demo ends within minutes.
-ROUNDS = Rounds(warmup_calls=3, warmup_seconds=0.1, calls=20, seconds=0.3, max_seconds=10.0)
-SIDE = 96  # what the 512 px of the recipe for large models becomes for the 128 px of `tiny`
+ROUNDS = Rounds(warmup_calls=3, warmup_seconds=0.1, calls=10, seconds=0.3, max_seconds=10.0)
+BASE = 128  # px; at the 256 px of `mini` as it ships the demo would take three times as long
+SIDE = 96  # what the 512 px of the recipe for large models becomes beside that
 
 NEXT = """\
 Next, on your own SAM and data (official .pth, transformers folder or Hub id; COCO, SA-1B, masks):
@@ -50,7 +52,7 @@ class Demo:
 def demo(
     out: str | Path = "samcompress-demo",
     *,
-    images: int = 32,
+    images: int = 16,
     rounds: Rounds = ROUNDS,
     memory: bool = True,
     say: Callable[[str], None] = lambda text: None,
@@ -73,7 +75,7 @@ def demo(
         CheckpointError: if `out` cannot be written.
     """
     folder = Path(out)
-    # The layers of `tiny` are too small for two threads: they would wait for one another.
+    # Layers of so small images are too short for two threads: they would wait for one another.
     with pinned(1):
         models, absent, test = _compress(folder, images, say, progress)
         say(f"measuring {len(models)} models on {len(test)} scenes they have not seen")
@@ -91,7 +93,7 @@ def _compress(
     folder: Path, images: int, say: Callable[[str], None], progress: ProgressLike
 ) -> tuple[dict[str, nn.Module], dict[str, str], Dataset]:
     """Models by name, reasons of those that could not be made, and the scenes to measure on."""
-    sam = load("tiny")
+    sam = get("substitute.image_size", size=BASE)(load("mini"))
     calibration, test = shapes(images, seed=1001), shapes(images, seed=2002)
     models: dict[str, nn.Module] = {"base": sam}
     absent: dict[str, str] = {}

@@ -174,18 +174,11 @@ def detections(
     if choice not in get_args(BoxChoice):
         raise ConfigError("unknown choice.", got=choice, expected=" | ".join(get_args(BoxChoice)))
     data = as_dataset(data)
-    if isinstance(boxes, (str, Path)):
-        boxes = Boxes.load(boxes)
-    elif not isinstance(boxes, Boxes):
-        boxes = Boxes.of(boxes)
+    boxes = boxes_of(boxes, data)
     by_image: dict[Any, list[dict[str, Any]]] = {sample.id: [] for sample in data}
     for item in boxes.items:
         if item["image_id"] in by_image:
             by_image[item["image_id"]].append(item)
-    if not any(by_image.values()):
-        raise DataError(
-            "no box is of these images.", where=data.name, got=f"{len(boxes)} boxes of others"
-        )
     asker = _Asker(model, choice, refine, prompt_batch)
     track = Progress(progress, "detections").track(
         ahead(data, workers), label="images", total=len(data)
@@ -202,6 +195,24 @@ def detections(
         results=tuple(asker.results),
         skipped=(*data.skipped, *asker.skipped),
     )
+
+
+def boxes_of(given: Boxes | str | Path | Iterable[Mapping[str, Any]], data: Dataset) -> Boxes:
+    """Boxes as `detections` takes them.
+
+    Raises:
+        DataError: if they cannot be read, or none is of these images.
+    """
+    if isinstance(given, (str, Path)):
+        boxes = Boxes.load(given)
+    else:
+        boxes = given if isinstance(given, Boxes) else Boxes.of(given)
+    known = {sample.id for sample in data}
+    if not any(item["image_id"] in known for item in boxes.items):
+        raise DataError(
+            "no box is of these images.", where=data.name, got=f"{len(boxes)} boxes of others"
+        )
+    return boxes
 
 
 class _Asker:

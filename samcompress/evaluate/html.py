@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..core.display import Cell, Column, Table, number
 from ..core.errors import DataError
+from . import _sections
+from ._sections import folded
 from .measures import MEASURES, Row, accuracy_of, interval, measure, slot_name, slots, speedup
 from .plots import CROWD, pareto, time_split, waterfall
 from .published import MARK, overlays, table
@@ -66,10 +68,11 @@ def page(
             _section(f"Results{heading}", _headline(few, device), report.table(device).html()),
             _section(f"Pictures{heading}", _pictures(report, few, device, published)),
             _section(f"Worst masks{heading}", _worst(few, device, data, models, worst)),
+            *_extra(report.select(device), heading),
         ]
     body += [
         *(_section(title, part._repr_html_()) for title, part in (more or {}).items()),
-        _section("Recipes to copy", *(_recipe(row) for row in _first(few.rows))),
+        *_if_any("Recipes to copy", map(_recipe, _first(few.rows))),
         _section("Data and licence", _pairs(doc["data"])),
         _section("Environment", _pairs(doc["environment"])),
         _section("Settings", _pairs(doc["settings"])),
@@ -113,6 +116,21 @@ def picture(figure: Figure, caption: str = "") -> str:
 
 def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(filter(None, parts)) + "</section>"
+
+
+def _extra(rows: list[Row], heading: str) -> list[str]:
+    """Sections of what only some ask for."""
+    parts = {
+        "Detection: masks for a detector's boxes": _sections.detection(rows),
+        "Segment everything": _sections.everything(rows),
+        "What an Edge TPU would run": _sections.checks(rows),
+    }
+    return [s for title, part in parts.items() for s in _if_any(f"{title}{heading}", [part])]
+
+
+def _if_any(title: str, parts: Iterable[str]) -> list[str]:
+    found = list(filter(None, parts))
+    return [_section(title, *found)] if found else []
 
 
 def _origin(doc: dict[str, Any]) -> str:
@@ -171,12 +189,17 @@ def _not_measured(report: Report) -> str:
         gaps.append(f"{len(skipped)} parts of the data could not be read and were left out:")
         gaps += [f"{s['id']}, {s['what']}: {s['reason']}" for s in skipped[:10]]
     known = slots(report.rows)
+    parts = {
+        "detection": "detection (AP)",
+        "everything": "segmenting everything",
+        "energy": "energy",
+    }
+    absent = [words for part, words in parts.items() if not any(r.get(part) for r in report.rows)]
+    prompts = ", ".join(slot_name(slot, known) for slot in known) or "none"
     gaps += [
         f"Devices other than {', '.join(report.devices)}: times and memory are those of "
         "the machine described under Environment, and of no other.",
-        f"Prompts other than {', '.join(slot_name(slot, known) for slot in known) or 'none'}; "
-        "detection (AP); segmenting everything"
-        + ("." if any(row.get("energy") for row in report.rows) else "; energy."),
+        f"{'; '.join((f'Prompts other than {prompts}', *absent))}.",
     ]
     return f"<ul>{''.join(f'<li>{escape(gap)}</li>' for gap in gaps)}</ul>"
 
@@ -221,20 +244,16 @@ def _study(report: Report) -> str:
     parts = [study.table().html()]
     if study.refused:
         title = f"{len(study.refused)} chains are not in the running"
-        parts.append(_folded(title, study.refusals().html()))
+        parts.append(folded(title, study.refusals().html()))
     space = study.facts.get("space")
     if space:
         text = escape(json.dumps({k: v for k, v in space.items() if k != "left_out"}, indent=1))
-        parts.append(_folded("The space that was searched", f"<pre>{text}</pre>"))
+        parts.append(folded("The space that was searched", f"<pre>{text}</pre>"))
         left = list(space.get("left_out", {}).items())
         columns = (Column("technique", align="left"), Column("why", align="left"))
         title = f"{len(left)} techniques were not tried"
-        parts += [_folded(title, Table(columns, left).html())] if left else []
+        parts += [folded(title, Table(columns, left).html())] if left else []
     return "".join(parts)
-
-
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def _pictures(report: Report, few: Report, device: str, published: Sequence[str]) -> str:

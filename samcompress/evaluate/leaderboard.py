@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from ..core.display import Cell, Column, Table
 from ..core.errors import ConfigError, DataError
 from ..core.files import write_whole
-from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots
+from .measures import (
+    MEASURES,
+    Measure,
+    Row,
+    accuracy_of,
+    interval,
+    known_measures,
+    same_rules,
+    slot_name,
+    slots,
+)
 from .report import Report
 from .stats import comparable, pareto
 
@@ -92,10 +102,10 @@ class Leaderboard:
         entries = self.of(machine)
         rows = [entry.row for entry in entries]
         known = slots(rows)
-        shown = [k for k in MEASURES if any(MEASURES[k].read(row)[0] is not None for row in rows)]
+        shown = known_measures(rows)
         columns = [Column("rank"), Column("name", align="left")]
         columns += [Column(f"mIoU {slot_name(s, known)}", group="± 95 %") for s in known]
-        columns += [Column(MEASURES[k].label, MEASURES[k].unit) for k in shown]
+        columns += [Column(m.label, m.unit) for m in shown.values()]
         columns += [Column("unbeaten"), Column("file", align="left")]
         best = _unbeaten(rows, known, shown)
         body: list[list[Any]] = []
@@ -109,8 +119,8 @@ class Leaderboard:
             for slot in known:
                 value, error = interval(accuracy_of(row, slot), "miou", "ci")
                 cells.append(Cell(value, error) if value is not None else _missing())
-            for key in shown:
-                value = MEASURES[key].read(row)[0]
+            for measure in shown.values():
+                value = measure.read(row)[0]
                 cells.append(_missing() if value is None else value)
             body.append([*cells, on, entry.source])
         data = self.entries[0].doc["data"]
@@ -206,14 +216,7 @@ def leaderboard(*results: Report | str | Path) -> Leaderboard:
     if len(set(prints.values())) > 1:
         names = {e.source: f"{e.doc['data']['name']} ({prints[e.source][:12]})" for e in entries}
         comparable(names, what="data")
-    for slot in slots([entry.row for entry in entries]):
-        comparable(
-            {
-                f"{e.row['name']} in {e.source}": found["protocol"]
-                for e in entries
-                if (found := accuracy_of(e.row, slot))
-            }
-        )
+    same_rules({f"{entry.row['name']} in {entry.source}": entry.row for entry in entries})
     return Leaderboard(_latest(entries))
 
 
@@ -229,7 +232,9 @@ def _latest(entries: list[Entry]) -> list[Entry]:
     return list(kept.values())
 
 
-def _unbeaten(rows: list[Row], known: list[tuple[str, str]], shown: list[str]) -> list[bool | None]:
+def _unbeaten(
+    rows: list[Row], known: list[tuple[str, str]], shown: Mapping[str, Measure]
+) -> list[bool | None]:
     if not known or "latency_ms" not in shown:
         return [None] * len(rows)
     nan = float("nan")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import ConfigError, closest
+from .stats import comparable
 
 Row = dict[str, Any]
 Value = tuple[Any, Any]  # a number and half the width of its interval; None for what is not there
@@ -72,6 +75,25 @@ def _peak(row: Row) -> Value:
     return (None if peak is None or before is None else peak - before), None
 
 
+def _recall(row: Row) -> Value:
+    """Of the most masks, with its interval."""
+    ar = _at(row, "everything", "ar") or {}
+    ends = _at(row, "everything", "ci")
+    most = max(ar, key=int, default=None)
+    return (None, None) if most is None else (ar[most], ends and (ends[1] - ends[0]) / 2)
+
+
+_EVERYTHING = "everything (± 95 %)"
+# What a row may hold of masks beside its accuracies, each by rules of its own.
+MASKS = {
+    "ap": Measure("AP", "", "detector's boxes", _plain("detection", "ap")),
+    "ar": Measure("AR@1000", "", _EVERYTHING, _recall),
+    "found": Measure("found (IoU 0.75)", "", _EVERYTHING, _plain("everything", "shares", "0.75")),
+    "everything_s": Measure(
+        "everything, an image", "s", _EVERYTHING, _plain("everything", "seconds")
+    ),
+}
+
 MEASURES = {
     "parameters": Measure("parameters", "M", "size", _plain("params", "total", scale=1e6)),
     "size_mb": Measure("on disk", "MB", "size", _plain("bytes_on_disk", scale=1e6)),
@@ -86,6 +108,12 @@ MEASURES = {
         "energy of an image", "J", "time and memory", _plain("energy", "joules_per_image")
     ),
 }
+
+
+def known_measures(rows: list[Row]) -> dict[str, Measure]:
+    """Those of `MASKS` and `MEASURES` that some row has: the columns of a table."""
+    every = {**MASKS, **MEASURES}
+    return {k: m for k, m in every.items() if any(m.read(row)[0] is not None for row in rows)}
 
 
 def speedup(row: Row, base: Row) -> float | None:
@@ -119,6 +147,25 @@ def accuracy_of(row: Row, slot: tuple[str, str]) -> Row | None:
     """The accuracy entry of a row for one (prompt, choice)."""
     entries = row.get("accuracy") or ()
     return next((a for a in entries if (a["prompt"], a["choice"]) == slot), None)
+
+
+def same_rules(rows: Mapping[str, Row]) -> None:
+    """See that rows may stand in one table: one protocol for each column.
+
+    Args:
+        rows: by what errors call them.
+
+    Raises:
+        ConfigError: if two were made by different rules.
+    """
+    asked: list[Callable[[Row], Row | None]] = [
+        *(functools.partial(accuracy_of, slot=slot) for slot in slots(list(rows.values()))),
+        *(operator.methodcaller("get", part) for part in ("detection", "everything")),
+    ]
+    for read in asked:
+        found = {name: entry["protocol"] for name, row in rows.items() if (entry := read(row))}
+        if found:
+            comparable(found)
 
 
 def interval(entry: Row | None, value: str, ci: str) -> Value:
@@ -178,7 +225,7 @@ def _key(steps: list[Row]) -> str:
 
 
 def measure(name: str, rows: list[Row]) -> Measure:
-    """A measure by name: one of `MEASURES`, ``"miou"`` or ``"miou:box"``.
+    """A measure by name: one of `MEASURES` or `MASKS`, ``"miou"`` or ``"miou:box"``.
 
     Args:
         name: plain ``"miou"`` takes the first prompt that was measured.
@@ -191,13 +238,13 @@ def measure(name: str, rows: list[Row]) -> Measure:
         >>> measure("latency_ms", []).axis
         'image encoder + 1 prompt (ms)'
     """
-    if name in MEASURES:
-        return MEASURES[name]
+    if name in MEASURES or name in MASKS:
+        return MEASURES.get(name) or MASKS[name]
     known = slots(rows)
     kind, _, prompt = name.partition(":")
     chosen = next((s for s in known if prompt in ("", s[0], slot_name(s, known))), None)
     if kind != "miou" or chosen is None:
-        names = [*MEASURES, "miou", *(f"miou:{slot_name(s, known)}" for s in known)]
+        names = [*MEASURES, *MASKS, "miou", *(f"miou:{slot_name(s, known)}" for s in known)]
         raise ConfigError(
             "there is no such measure in these results.",
             got=name,

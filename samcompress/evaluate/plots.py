@@ -48,7 +48,7 @@ def pareto(
         report: the results.
         x: the cost: ``"latency_ms"``, ``"encoder_ms"``, ``"prompt_ms"``, ``"memory_mb"``,
             ``"size_mb"``, ``"parameters"`` or ``"gmacs"``.
-        y: the gain: ``"miou"``, or one prompt's, such as ``"miou:box"``.
+        y: the gain: ``"miou"``, one prompt's, such as ``"miou:box"``, ``"ap"`` or ``"ar"``.
         device: as in `Report.select`.
         published: models of `sc.list_models` whose published figures are laid over it, hollow; a
             dashed line where only the gain is published.
@@ -96,7 +96,8 @@ def pareto(
             elinewidth=1,
             capsize=2,
         )
-    _overlay(ax, published, x, f"miou:{y.partition(':')[2] or slots(rows)[0][0]}")
+    prompt = y.partition(":")[2] or (slots(rows)[0][0] if y == "miou" else y)
+    _overlay(ax, published, x, f"miou:{prompt}")
     ax.set_xlabel(cost.axis)
     ax.set_ylabel(gain.axis)
     ax.set_title(f"{report.doc['data']['name']}, {rows[0]['device']}", loc="left")

@@ -138,8 +138,17 @@ class Recall:
         return {
             "protocol": self.protocol,
             "ar": {str(most): value for most, value in self.ar.items()},
+            "ci": list(self.ci()),
             "shares": {str(least): value for least, value in self.shares.items()},
             "miou": self.miou,
+            "by_size": {
+                name: {
+                    **part,
+                    "ar": {str(most): value for most, value in part["ar"].items()},
+                    "shares": {str(least): value for least, value in part["shares"].items()},
+                }
+                for name, part in self.by_size().items()
+            },
             "n_images": self.n_images,
             "n_instances": len(self.records),
             "n_masks": self.n_masks,
@@ -160,6 +169,7 @@ def recall(
     references: Source | None = None,
     max_masks: Sequence[int] = (10, 100, 1000),
     rank: Rank = "score",
+    source: str = "proposals",
     workers: int = 0,
     progress: ProgressLike = False,
 ) -> Recall:
@@ -177,6 +187,7 @@ def recall(
         max_masks: how many masks of an image may count for AR, best first.
         rank: ``score`` takes the masks' ``scores``, of dictionaries ``score`` or
             ``predicted_iou``; ``sam`` the mean of predicted IoU and stability, as SAM's paper.
+        source: where the masks come from, for the protocol id.
         workers: threads that read images ahead.
         progress: True for a bar, or a callable that receives events.
 
@@ -225,7 +236,7 @@ def recall(
     against = "" if references is None else f",references={digest.hexdigest()[:12]}"
     counts = ",".join(map(str, limits))
     return Recall(
-        f"{data.name}#{len(data)}/proposals{against}/AR:mask/rank={rank}/max={counts}",
+        f"{data.name}#{len(data)}/{source}{against}/AR:mask/rank={rank}/max={counts}",
         limits,
         tuple(sorted(records, key=lambda r: (_order(r.image_id), _order(r.annotation_id)))),
         n_masks=n_masks,
@@ -267,6 +278,9 @@ def _ranked(given: Any, rank: Rank | None, sample: Sample) -> list[Any]:
             got=f"{type(given).__name__}: {err}",
             expected="masks and scores, or dictionaries with segmentation and predicted_iou",
         ) from err
+    if len(scores) == len(runs) and np.isnan(scores).any():
+        # The stability of an empty mask is 0 / 0; it finds nothing, wherever it stands.
+        scores = np.where([_area(run) == 0 for run in runs], 0.0, scores)
     if len(scores) != len(runs) or not np.isfinite(scores).all():
         raise DataError(
             "scores do not fit the masks.",

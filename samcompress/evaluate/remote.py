@@ -126,8 +126,10 @@ class Launcher:
                     "base_weights": base.sha256,
                     "settings": job.settings(),
                 },
-                "data": write_data(job.data, folders["images"], first=not job.accuracy),
+                "data": write_data(job.data, folders["images"], first=not job.scores),
             }
+            if job.detections is not None:
+                texts["boxes"] = job.detections.items
             if base_row is not None:
                 texts["base_row"] = base_row
             row: Row = self.ask(texts, folders, keys=("row",))["row"]

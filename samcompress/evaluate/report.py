@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 from ..core.display import Cell, Column, Table
 from ..core.errors import CheckpointError, ConfigError, DataError
 from ..core.files import write_whole
-from .measures import MEASURES, Row, accuracy_of, interval, slot_name, slots, speedup
+from .measures import (
+    MASKS,
+    Measure,
+    Row,
+    accuracy_of,
+    interval,
+    known_measures,
+    same_rules,
+    slot_name,
+    slots,
+    speedup,
+)
 from .stats import comparable
 from .worst import Worst, losses
 
@@ -89,9 +100,7 @@ class Report:
                 expected=", ".join(self.devices) or "a report with rows",
             )
         comparable({f"{r['name']} on {r['device']}": r["device"] for r in rows}, what="device")
-        for slot in slots(rows):
-            found = {r["name"]: e["protocol"] for r in rows if (e := accuracy_of(r, slot))}
-            comparable(found)
+        same_rules({row["name"]: row for row in rows})
         return rows
 
     def base(self, device: str | None = None) -> Row | None:
@@ -144,9 +153,8 @@ class Report:
             for what in ("mIoU", "change")
         ]
         columns += [Column("IoU to base", group="accuracy (± 95 %)")] if known else []
-        shown = [k for k in MEASURES if any(MEASURES[k].read(row)[0] is not None for row in rows)]
-        for key in shown:
-            measure = MEASURES[key]
+        shown = known_measures(rows)
+        for key, measure in shown.items():
             columns.append(Column(measure.label, measure.unit, group=measure.group))
             if key == "latency_ms" and base:
                 columns.append(Column("speed-up", "x", group=measure.group))
@@ -159,7 +167,7 @@ class Report:
         return Table(tuple(columns), body, title=title, notes=tuple(self._notes(rows, body)))
 
     def _cells(
-        self, row: Row, base: Row | None, known: list[tuple[str, str]], shown: list[str]
+        self, row: Row, base: Row | None, known: list[tuple[str, str]], shown: Mapping[str, Measure]
     ) -> list[Cell]:
         name = Cell(row["name"], mark="bold" if row["base"] else "")
         if row["status"] != "measured":
@@ -177,9 +185,9 @@ class Report:
         elif known:
             low = bool(given) and min(given) < AGREES
             cells.append(_cell(min(given, default=None), red=low))
-        for key in shown:
-            value, _ = MEASURES[key].read(row)
-            cells.append(_cell(value))
+        for key, measure in shown.items():
+            value, error = measure.read(row)
+            cells.append(_cell(value, error if key in MASKS else None))
             if key == "latency_ms" and base:
                 ratio = speedup(row, base)
                 cells.append(_cell(ratio, red=ratio is not None and ratio < SLOWER))
@@ -192,6 +200,9 @@ class Report:
             entries = (accuracy_of(row, slot) for row in rows)
             protocol = next(entry["protocol"] for entry in entries if entry)
             notes.append(f"{slot_name(slot, known)}: {protocol}")
+        for part, name in (("detection", "AP"), ("everything", "everything")):
+            entry = next((row[part] for row in rows if row.get(part)), None)
+            notes += [f"{name}: {entry['protocol']}"] if entry else []
         if any((row.get("latency") or {}).get("vs_base") for row in rows):
             notes.append(_TURNS)
         if any(cell.mark == "red" for cells in body for cell in cells):

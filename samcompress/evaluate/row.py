@@ -25,13 +25,17 @@ from ..core.errors import (
     BackendError,
     CheckpointError,
     ConfigError,
+    DataError,
     ModelError,
     sentence,
 )
+from ..core.everything import Everything
 from ..core.history import history
 from ..core.load import load
 from ..core.pipeline import Pipeline
+from . import _beside
 from .accuracy import Accuracy, accuracies
+from .detections import Boxes
 from .devices import device as device_of_name
 from .devices import refusal
 from .energy import energy
@@ -65,6 +69,13 @@ class Job:
     batch_size: int
     protocol: dict[str, Any]
     progress: ProgressLike
+    detections: Boxes | None = None
+    everything: int | Everything | None = None
+
+    @property
+    def scores(self) -> bool:
+        """Whether masks are made, not only times."""
+        return self.accuracy or self.detections is not None or self.everything is not None
 
     def settings(self) -> Row:
         """All that must be equal for two rows to stand in one file, as plain JSON values."""
@@ -80,11 +91,23 @@ class Job:
             "batch_size": self.batch_size,
             # Only where it is asked for: files from before there was a choice say nothing of it.
             **({"energy": True} if self.energy else {}),
+            **({"detections": self.detections.facts()} if self.detections else {}),
+            **({"everything": self._everything} if self.everything else {}),
         }
 
+    @property
+    def _everything(self) -> int | str | None:
+        asked = self.everything
+        return _beside.generator_id(asked) if isinstance(asked, Everything) else asked
+
     @classmethod
-    def of(cls, settings: Row, data: Dataset) -> Job:
+    def of(cls, settings: Row, data: Dataset, detections: Boxes | None = None) -> Job:
         """The job of `settings`, without progress.
+
+        Args:
+            settings: as plain JSON values.
+            data: the images.
+            detections: the boxes, of which settings hold the hash only.
 
         Raises:
             ConfigError: if these are no settings of a job.
@@ -93,7 +116,7 @@ class Job:
             fields = {"energy": False, **settings, "rounds": Rounds(**settings["rounds"])}
             for name in ("prompts", "batches"):
                 fields[name] = tuple(fields[name])
-            return cls(data=data, progress=False, **fields)
+            return cls(data=data, progress=False, **{**fields, "detections": detections})
         except (KeyError, TypeError) as err:
             raise ConfigError("these are no settings of a job.", got=str(err)) from err
 
@@ -184,6 +207,8 @@ def measure_row(row: Row, subject: Subject, base: Subject, base_row: Row | None,
         _finite(row, subject, job)
         if row["status"] == "measured" and job.accuracy:
             row["accuracy"] = _accuracy(subject, base_row, job)
+        if row["status"] == "measured":
+            _beside_accuracy(row, subject, job)
         if row["status"] == "measured" and job.latency:
             row["latency"] = _try(
                 row, "latency", lambda: _latency(subject, base, base_row, row["device"], job)
@@ -251,6 +276,17 @@ def _accuracy(subject: Subject, base_row: Row | None, job: Job) -> list[Row]:
     return entries
 
 
+def _beside_accuracy(row: Row, subject: Subject, job: Job) -> None:
+    model = subject.model
+    if job.detections is not None:
+        row["detection"] = _try(row, "detection", lambda: _beside.detection(model, job))
+    if job.everything is not None:
+        row["everything"] = _try(row, "everything", lambda: _beside.everything(model, job))
+    found = _try(row, "checks", lambda: _beside.checks(model))
+    if found:
+        row["checks"] = found
+
+
 def _latency(subject: Subject, base: Subject, base_row: Row | None, device: str, job: Job) -> Row:
     simulated = any(step.simulated for step in history(base.model).steps)
     beside = subject is not base and not simulated and refusal(base.model, device) is None
@@ -312,7 +348,7 @@ def _try(row: Row, what: str, measure: Callable[[], Any]) -> Any:
     """The measurement, or None with the reason noted: one gap does not cost the row."""
     try:
         return measure()
-    except FAILURES as err:
+    except (*FAILURES, DataError) as err:
         log.warning("%s of %s was not measured: %s", what, row["name"], sentence(err))
         row["missing"][what] = sentence(err)
         return None

@@ -19,6 +19,7 @@ import torch
 
 from ..core.errors import CheckpointError, SamCompressError
 from ._parcel import Sent, header, unpack
+from .detections import Boxes
 from .devices import refusal, unavailable
 from .environment import environment
 from .row import Job, Row, Subject, absent_row, measure_row, plan_row
@@ -48,7 +49,10 @@ def answer(folder: Path) -> dict[str, Any]:
 
 def _row(request: dict[str, Any], folder: Path) -> Row:
     name, device = request["name"], request["device"]
-    job = Job.of(request["settings"], Sent(_read(folder / "data.json"), folder / "images"))
+    settings, boxes = request["settings"], None
+    if "detections" in settings:
+        boxes = Boxes(tuple(_read(folder / "boxes.json")), settings["detections"]["sha256"])
+    job = Job.of(settings, Sent(_read(folder / "data.json"), folder / "images"), boxes)
     subject = Subject.of(name, folder / "this", device)
     base = subject
     if (folder / "base").exists():
@@ -70,9 +74,8 @@ def _row(request: dict[str, Any], folder: Path) -> Row:
     return row
 
 
-def _read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main(words: list[str]) -> int:

@@ -124,6 +124,51 @@ ACCURACY = _object(
     },
 )
 
+DETECTION = _object(
+    {
+        "protocol": TEXT,
+        "ap": NUMBER,
+        "ap50": NUMBER,
+        "ap75": NUMBER,
+        "ar": {"type": "object", "additionalProperties": NUMBER},
+        "by_size": ANY,
+        "by_group": {"type": "object", "additionalProperties": MAYBE},
+        "detector": _object({"sha256": TEXT, "n_boxes": COUNT}),
+        "n_images": COUNT,
+        "n_instances": COUNT,
+        "n_detections": COUNT,
+    },
+    {"skipped": SKIPPED},
+)
+
+EVERYTHING = _object(
+    {
+        "protocol": TEXT,
+        "ar": {"type": "object", "additionalProperties": NUMBER},
+        "ci": INTERVAL,
+        "shares": {"type": "object", "additionalProperties": NUMBER},
+        "miou": NUMBER,
+        "by_size": ANY,
+        "seconds": NUMBER,
+        "n_images": COUNT,
+        "n_instances": COUNT,
+        "n_masks": COUNT,
+        "n_prompts": COUNT,
+        "samples": {"type": "array", "items": SAMPLE},
+    },
+    {"skipped": SKIPPED},
+)
+
+# What a checker says of a file for a device that is not here: a table in words.
+CHECK = _object(
+    {
+        "file": TEXT,
+        "title": TEXT,
+        "rows": {"type": "array", "items": ANY},
+        "notes": {"type": "array", "items": TEXT},
+    }
+)
+
 ROW = _object(
     {
         "name": TEXT,
@@ -164,6 +209,9 @@ ROW = _object(
         "latency": _or_null(LATENCY),
         "memory": _or_null(MEMORY),
         "energy": _or_null(ENERGY),
+        "detection": _or_null(DETECTION),
+        "everything": _or_null(EVERYTHING),
+        "checks": {"type": "array", "items": CHECK},
         "first_nonfinite": {"type": ["string", "null"]},
         "seconds": NUMBER,
         "date": TEXT,

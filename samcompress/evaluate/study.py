@@ -29,7 +29,7 @@ OBJECTIVES = ("latency_ms", "miou")
 
 def is_gain(name: str) -> bool:
     """Whether more of a measure is better."""
-    return name.partition(":")[0] == "miou"
+    return name.partition(":")[0] in ("miou", "ap", "ar", "found")
 
 
 def spent(limit: Limit, row: Row) -> float | None:

@@ -16,11 +16,13 @@
 | `TinySAM` | simulates with scales chosen by the masks | simulated | yes |
 | `Reconstruct` | mends a simulation: learns rounding unit by unit | simulated | yes |
 | `QAT` | trains a simulation through its rounding | simulated | yes |
+| `Float8Dynamic` | float8 weights times tokens rounded at run time, for GPUs | - | no |
 """
 
 from .b_float16 import BFloat16
 from .bimodal import Bimodal
 from .fake_quant import FakeQuant
+from .float8_dynamic import Float8Dynamic
 from .int4_weights import Int4Weights
 from .int8_dynamic import Int8Dynamic
 from .int8_static import Int8Static
@@ -40,6 +42,7 @@ __all__ = [
     "BFloat16",
     "Bimodal",
     "FakeQuant",
+    "Float8Dynamic",
     "Int4Weights",
     "Int8Dynamic",
     "Int8Static",

@@ -7,6 +7,7 @@ import statistics
 import time
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ DEVICES = ("cpu", "cuda")
 MULTIPLE, LEAST_ROWS = 8, 24
 # How a layer is timed: tokens in a call, calls.
 TOKENS, REPEATS = 1024, 3
+# Makes an empty layer of the shape of a Linear.
+Kind = Callable[[Any], nn.Module]
 
 
 class IntegerLinear(Int8Linear):
@@ -174,18 +177,16 @@ def _check_product(kind: str) -> None:
         )
 
 
-def swapped(model: nn.Module, name: str, kind: type[IntegerLinear]) -> Any:
-    """Put an empty integer layer in place of a Linear and return it."""
+def swapped(model: nn.Module, name: str, kind: Kind) -> Any:
+    """Put an empty layer in place of a Linear and return it."""
     layer: Any = model.get_submodule(name)
     made = kind(layer)
     model.set_submodule(name, made)
     return made
 
 
-def check_speed(
-    model: nn.Module, names: list[str], kind: type[IntegerLinear], *, step: str
-) -> float:
-    """How many times as fast as the named Linears integer ones are here.
+def check_speed(model: nn.Module, names: list[str], kind: Kind, *, step: str) -> float:
+    """How many times as fast as the named Linears those of another kind are here.
 
     Raises:
         ModelError: if they are slower.
@@ -202,17 +203,17 @@ def check_speed(
     return found
 
 
-def speedup(model: nn.Module, names: list[str], kind: type[IntegerLinear]) -> float:
-    """Time of Linears of the shapes of the named ones, divided by that of integer ones."""
+def speedup(model: nn.Module, names: list[str], kind: Kind) -> float:
+    """Time of Linears of the shapes of the named ones, divided by that of the other kind."""
     kinds = Counter(_shape(model.get_submodule(name)) for name in names)
-    float_ms = integer_ms = 0.0
+    own_ms = other_ms = 0.0
     with torch.no_grad():
         for (wide, high, dtype, device), count in kinds.items():
             layer = nn.Linear(wide, high, device=device, dtype=dtype)
             x = torch.ones(TOKENS, wide, device=device, dtype=dtype)
             pair = [_median_ms(made, x) for made in (layer, kind(layer))]
-            float_ms, integer_ms = float_ms + count * pair[0], integer_ms + count * pair[1]
-    return float_ms / integer_ms
+            own_ms, other_ms = own_ms + count * pair[0], other_ms + count * pair[1]
+    return own_ms / other_ms
 
 
 def _shape(layer: Any) -> tuple[int, int, torch.dtype, torch.device]:

@@ -17,6 +17,7 @@ from ..core.transform import Context, State, Transform
 from ..core.where import Where
 from ._calibrate import Prompts, Tap, calibrate, check_images, remembered
 from ._fake import Rounded, Site, attentions, fakeable, install, replace, sites
+from ._layers import Stored
 from ._observe import Observer, Range, finite
 from ._quantizers import Affine, Quantizer, from_spec
 from ._uniform import Grid
@@ -199,7 +200,7 @@ def check_float(label: str, model: nn.Module) -> None:
 def _rounded(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     codes = isinstance(weight, Tensor) and not weight.is_floating_point()
-    return codes or isinstance(module, Rounded)
+    return codes or isinstance(module, (Rounded, Stored))
 
 
 def _check_weights(label: str, model: nn.Module, layers: Mapping[str, int]) -> None:

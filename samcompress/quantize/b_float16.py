@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.contract import dtype_of, parts
+from ..core.contract import cast, dtype_of, parts
 from ..core.errors import ModelError, NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
@@ -118,7 +118,7 @@ def _with_doors(kind: type[nn.Module], doors: type[nn.Module]) -> type[nn.Module
 
 
 def _cast(x: Any, kind: torch.dtype) -> Any:
-    return x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() else x
+    return cast(x, kind) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _check_finite(name: str, tensor: Tensor, *, step: str) -> None:

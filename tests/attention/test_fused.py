@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import samcompress as sc
 from samcompress.attention import _rel_pos, fused
-from samcompress.attention.fused import FusedBlock
+from samcompress.attention.fused import FusedBlock, FusedDecoder
 
 WINDOWS = [(0, (12, 12)), (0, (9, 13)), (5, (9, 13)), (7, (14, 14)), (7, (10, 10))]
 ANY_WINDOW = pytest.mark.parametrize(("window", "grid"), WINDOWS)
@@ -169,7 +169,8 @@ def test_whole_encoder_keeps_names_and_function() -> None:
     assert {type(b) for b in small.image_encoder.blocks} == {FusedBlock}
     assert {type(b) for b in sam.image_encoder.blocks} == {Block}
     assert sc.lineage(small)[-1].state == {
-        "blocks": ["image_encoder.blocks.0", "image_encoder.blocks.1"]
+        "blocks": ["image_encoder.blocks.0", "image_encoder.blocks.1"],
+        "decoder": True,
     }
     image = tokens(2, 3, 64, 64)
     with torch.no_grad():
@@ -201,7 +202,10 @@ def test_the_rest_of_a_partly_fused_model() -> None:
     sam.image_encoder.blocks[0] = FusedBlock(sam.image_encoder.blocks[0])
     small = sc.attention.Fused()(sam, progress=False)
     assert {type(b) for b in small.image_encoder.blocks} == {FusedBlock}
-    assert sc.lineage(small)[-1].state == {"blocks": ["image_encoder.blocks.1"]}
+    assert sc.lineage(small)[-1].state == {
+        "blocks": ["image_encoder.blocks.1"],
+        "decoder": True,
+    }
 
 
 def test_twice_is_an_error() -> None:
@@ -209,28 +213,39 @@ def test_twice_is_an_error() -> None:
     with pytest.raises(sc.errors.NoEffectError) as caught:
         sc.attention.Fused()(small)
     assert str(caught.value) == (
-        "attention.fused finds every block fused already.\n"
-        "  where     image_encoder\n"
+        "attention.fused finds all that it knows fused already.\n"
+        "  where     image_encoder, mask_decoder\n"
         "  try       leave out the second sc.attention.Fused()"
     )
 
 
-def test_other_encoders_are_an_error() -> None:
+class Convolutions(nn.Sequential):
+    """An encoder without a ViT block."""
+
+    img_size = 64
+
+
+def test_other_models_are_an_error() -> None:
     sam = random_sam()
-
-    class Convolutions(nn.Sequential):
-        img_size = 64
-
     sam.image_encoder = Convolutions(nn.Conv2d(3, 32, 8, stride=8))
+    sam = sc.quantize.Int8Weights(min_size=0)(sam, progress=False)
     with pytest.raises(sc.errors.ModelError) as caught:
-        sc.attention.Fused()(sam)
+        sc.Pipeline([sc.attention.Fused()], any_order=True)(sam)
     assert str(caught.value) == (
-        "attention.fused finds no ViT block of segment_anything.\n"
-        "  where     image_encoder\n"
-        "  got       Convolutions\n"
-        "  expected  an encoder made of segment_anything.modeling.image_encoder.Block\n"
-        "  try       leave out sc.attention.Fused() for this encoder"
+        "attention.fused finds neither ViT blocks nor the mask decoder of segment_anything.\n"
+        "  where     image_encoder, mask_decoder\n"
+        "  got       Convolutions, MaskDecoder\n"
+        "  expected  segment_anything's Block, or its MaskDecoder with plain linear layers\n"
+        "  try       leave out sc.attention.Fused() for this model"
     )
+
+
+def test_the_decoder_behind_another_encoder() -> None:
+    sam = random_sam()
+    sam.image_encoder = Convolutions(nn.Conv2d(3, 32, 8, stride=8))
+    small = sc.attention.Fused()(sam, progress=False)
+    assert type(small.mask_decoder) is FusedDecoder
+    assert sc.lineage(small)[-1].state == {"blocks": [], "decoder": True}
 
 
 @pytest.mark.slow

@@ -85,6 +85,17 @@ def test_convolutions_run_there(tmp_path: Path) -> None:
     assert "rules not compared with the maker's page again: SOFTMAX" in report.notes
 
 
+def test_large_files_have_their_weights_behind_the_tables(tmp_path: Path) -> None:
+    path = write_tflite(tmp_path / "cnn.tflite", CNN, LAYERS, behind=True)
+    (tmp_path / "small").mkdir()
+    inside = edge_tpu_check(write_tflite(tmp_path / "small" / "cnn.tflite", CNN, LAYERS))
+    assert edge_tpu_check(path) == inside
+    assert inside.ready
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="the file ends early"):
+        edge_tpu_check(path)
+
+
 def test_everything_after_the_first_break_is_for_the_cpu(
     tmp_path: Path, golden: Callable[[str, str], None]
 ) -> None:

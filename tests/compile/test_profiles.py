@@ -141,9 +141,10 @@ def test_candidates_come_from_the_support_table(monkeypatch: pytest.MonkeyPatch)
     cuda = [profiles.Trial(steps=s).name for s in for_device("cuda").chains(sam)]
     assert "attention.fused | quantize.b_float16 | compile.torch" in cuda
     assert not any("onnxruntime" in name for name in cuda)
-    # An encoder that the exact gains do not fit goes without them.
-    nano = sc.substitute.RepViT()(sc.build("tiny"), progress=False)
-    assert not any("fused" in profiles.Trial(steps=s).name for s in for_device("cpu").chains(nano))
+    # A model that the exact gains do not fit goes without them.
+    other = sc.substitute.RepViT() | sc.substitute.Conventions(of="edge_sam", stability=True)
+    edge = other(sc.build("tiny"), progress=False)
+    assert not any("fused" in profiles.Trial(steps=s).name for s in for_device("cpu").chains(edge))
 
 
 @pytest.mark.slow
@@ -171,7 +172,8 @@ def test_device_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_edge_tpu_is_refused_without_a_converter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(sc.compile, "edge_tpu_check", raising=False)
+    refused = types.SimpleNamespace(hindrance=lambda precision: BackendError("no converter."))
+    monkeypatch.setattr(profiles, "BACKENDS", {"litert": refused})
     with pytest.raises(BackendError, match=r"nothing here runs[\s\S]*libedgetpu[\s\S]*RepViT"):
         for_device("edge-tpu")(random_sam())
 
@@ -179,10 +181,13 @@ def test_edge_tpu_is_refused_without_a_converter(monkeypatch: pytest.MonkeyPatch
 def test_edge_tpu_with_a_converter_shows_the_checkers_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sc.compile, "edge_tpu_check", lambda m: "3 of 40 operators", raising=False)
-    monkeypatch.setattr(profiles, "BACKENDS", {"litert": None})
+    ready = types.SimpleNamespace(hindrance=lambda precision: None)
+    monkeypatch.setattr(profiles, "BACKENDS", {"litert": ready})
     monkeypatch.setattr(profiles, "Export", lambda **params: sc.attention.Fused())
-    found = for_device("edge-tpu", images=1)(random_sam())
+    sam = random_sam()
+    said = [{"title": "3 of 40 operators"}]
+    monkeypatch.setattr(type(sam.image_encoder), "checks", lambda self: said, raising=False)
+    found = for_device("edge-tpu", images=1)(sam)
     (trial,) = found.trials
     assert trial.ms is None
     assert trial.reason.startswith("3 of 40 operators; time not measured")

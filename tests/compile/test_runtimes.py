@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from conftest import random_sam, randomise
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 import samcompress as sc
-from samcompress.compile.backends import BACKENDS
+from samcompress.compile.backends import BACKENDS, aot
 from samcompress.core.predict import preprocess
 
 DATA = sc.shapes(3, seed=3, size=(60, 80))
@@ -24,7 +24,10 @@ KINDS = {
     ("onnxruntime", "int8"): 0.03,
     ("openvino", "bfloat16"): 0.02,
     ("openvino", "int8"): 0.06,
+    ("aot", "bfloat16"): 0.02,
+    ("aot", "int8"): 0.06,
 }
+BFLOAT16 = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(aot.processor())
 AGAIN = """
 import sys, numpy as np, samcompress as sc
 image = sc.shapes(1, seed=9, size=(60, 80))[0].image
@@ -41,7 +44,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(kind, id="-".join(kind)) for kind in KINDS],
+    params=[
+        pytest.param(kind, id="-".join(kind), marks=[pytest.mark.slow] * (kind[0] == "aot"))
+        for kind in KINDS
+    ],
 )
 def made(request: pytest.FixtureRequest) -> tuple[Any, Any, sc.compile.Export]:
     """A SAM, the same exported, and the step."""
@@ -67,7 +73,8 @@ def test_embedding_and_masks(made: tuple[Any, Any, sc.compile.Export]) -> None:
     assert state["errors"]["embedding"] <= state["tolerance"]
     # The decoder stays in floats: its own error is that of rounding.
     assert state["errors"]["logits"] < 1e-5
-    assert ("nncf" in state["versions"]) == step.needs_data
+    calibrators = set(BACKENDS[step.backend].calibrators)
+    assert calibrators & state["versions"].keys() == (calibrators if step.needs_data else set())
     if step.backend == "openvino":
         # Asked for, not left to the runtime, which takes bfloat16 for floats by itself.
         assert state["granted"]["encoder"] == {"floats": "bf16"}
@@ -119,20 +126,33 @@ def test_integers_of_openvino_need_images() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_decoder_of_openvino(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("aot", marks=pytest.mark.slow)])
+def test_decoder(backend: str, precision: Literal["float32", "bfloat16"]) -> None:
     """In either type; a model with other channels, and int8 weights stored, exports too."""
-    reason = BACKENDS["openvino"].unavailable(precision)
+    reason = BACKENDS[backend].unavailable(precision)
     if reason:
         pytest.skip(reason)
     chain = (
         sc.substitute.HQ()
         | sc.quantize.Int8Weights(min_size=0)
-        | sc.compile.Export(backend="openvino", decoder=precision)
+        | sc.compile.Export(backend=backend, decoder=precision)
     )
     exported = chain(random_sam(), progress=False)
     errors = sc.lineage(exported)[-1].state["errors"]
     assert errors["embedding"] < 1e-5
     assert (errors["logits"] > 1e-4) == (precision == "bfloat16")
+
+
+@pytest.mark.slow
+def test_coordinates_keep_their_bits() -> None:
+    """In bfloat16 points that are a pixel apart would get the same phases."""
+    reason = BACKENDS["aot"].unavailable("bfloat16")
+    if reason:
+        pytest.skip(reason)
+    sam = random_sam()
+    exported = sc.compile.Export(backend="aot", decoder="bfloat16")(sam, progress=False)
+    error = float((logits(exported) - logits(sam)).norm() / logits(sam).norm())
+    assert 1e-4 < error < 0.02
 
 
 def test_nothing_is_reported(tmp_path: Path) -> None:
@@ -163,10 +183,10 @@ def test_settings() -> None:
         "compile.export: onnxruntime does not compute in this precision.\n"
         "  got       bfloat16\n"
         "  expected  float32 | int8\n"
-        "  try       onnxruntime: float32, int8; openvino: float32, bfloat16, int8; aot: float32"
+        "  try       onnxruntime: float32, int8; openvino: float32, bfloat16, int8; aot: float32, "
     )
     with pytest.raises(sc.errors.ConfigError, match="aot does not compute in this decoder"):
-        sc.compile.Export(backend="aot", decoder="bfloat16")
+        sc.compile.Export(backend="aot", decoder="float16")
     with pytest.raises(sc.errors.ConfigError, match="images is out of range"):
         sc.compile.Export(images=0)
 

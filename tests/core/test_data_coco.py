@@ -166,6 +166,9 @@ def test_lvis_images_lie_where_their_address_says(tmp_path: Path) -> None:
     ]
     (tmp_path / "annotations").mkdir()
     path = write(tmp_path, images, [annotation(1, 1)])
+    content = json.loads(path.read_text())
+    categories = [{"id": 1, "frequency": "r"}, {"id": 2, "frequency": "f"}, {"id": 3}]
+    path.write_text(json.dumps({**content, "categories": categories}))
     path.rename(tmp_path / "annotations" / "lvis_v1_val.json")
     lvis = data.open(tmp_path)
     assert lvis.name == "lvis@val"
@@ -173,6 +176,7 @@ def test_lvis_images_lie_where_their_address_says(tmp_path: Path) -> None:
     assert lvis[0].negative == (4, 9)
     assert lvis[0].not_exhaustive == (1,)
     assert lvis[1].negative == ()
+    assert lvis.groups == lvis[:1].groups == {1: "rare", 2: "frequent"}
     read = next(lvis.readable())
     assert read.negative == (4, 9)
     assert read.not_exhaustive == (1,)

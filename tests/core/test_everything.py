@@ -16,9 +16,10 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 
 import samcompress as sc
+from samcompress.core._shared_decoder import sharable
 from samcompress.core.errors import ConfigError, DataError, ModelError, ShapeError
 from samcompress.core.everything import Everything, Segments, samplers
-from samcompress.core.everything._decode import Plain, Shared, decoder_for, sharable
+from samcompress.core.everything._decode import Plain, Shared, decoder_for
 from samcompress.core.everything.generator import Session
 from samcompress.core.framing import framing_of
 from samcompress.core.predict import encode

@@ -123,6 +123,19 @@ def test_equals_the_lvis_package(
     assert thirteen(found) == pytest.approx(expected, abs=1e-6)
 
 
+def test_groups_are_those_of_the_data(
+    content: dict[str, Any], lvis: Dataset, results: list[Result]
+) -> None:
+    words = {"r": "rare", "c": "common", "f": "frequent"}
+    told = {key: words[name] for key, name in groups(content).items()}
+    same = Dataset(list(lvis), lvis.name, groups=told)
+    found = average_precision(results, same)
+    assert list(found.by_group.values()) == pytest.approx(
+        [FIGURES[6 + "rcf".index(name[0])] for name in found.by_group], abs=1e-6
+    )
+    assert average_precision(results, same, class_agnostic=True).by_group == {}
+
+
 def test_coco_rules_are_others(lvis: Dataset, results: list[Result]) -> None:
     loose = average_precision(results, lvis)
     strict = average_precision(results, lvis, rules="coco")

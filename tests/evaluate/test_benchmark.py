@@ -50,7 +50,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real(row, *rest)
 
     monkeypatch.setattr(
-        importlib.import_module("samcompress.evaluate.benchmark"), "measure_row", counted
+        importlib.import_module("samcompress.evaluate._places"), "measure_row", counted
     )
     return names
 

@@ -32,10 +32,10 @@ def test_demo_measures_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((tmp_path / "report.json").read_text()) == done.report.doc
     assert (tmp_path / "pareto.png").read_bytes()[1:4] == b"PNG"
     assert said[0] == "small: prune.mlp | quantize.int8_weights"
-    assert len(sc.lineage(sc.load(tmp_path / "models" / "small"))) == 2
+    assert len(sc.lineage(sc.load(tmp_path / "models" / "small"))) == 3
 
 
-def test_chains_are_the_shipped_recipes_sized_for_tiny() -> None:
+def test_chains_are_the_shipped_recipes_sized_for_the_base() -> None:
     chains = demonstration.chains()
     assert {f"{name}.json" for name in chains} - {"pruned.json"} == set(sc.list_recipes())
     families = {step.family for chain in chains.values() for step in chain}

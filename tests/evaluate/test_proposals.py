@@ -283,3 +283,19 @@ def test_wrong_arguments(scenes: Dataset) -> None:
     for limits in ((), (0, 10)):
         with pytest.raises(ConfigError, match="max_masks is a list of counts"):
             recall({}, scenes, max_masks=limits)
+
+
+def test_an_empty_mask_has_no_stability() -> None:
+    mask = np.zeros((8, 8), bool)
+    mask[2:6, 2:6] = True
+    scene = [Sample.from_arrays("a", np.zeros((8, 8, 3), np.uint8), [mask])]
+    masks = [
+        {"segmentation": np.zeros((8, 8), bool), "predicted_iou": 0.9, "stability_score": np.nan},
+        {"segmentation": mask, "predicted_iou": 0.8, "stability_score": 0.9},
+    ]
+    found = recall({"a": masks}, scene, rank="sam", max_masks=(1,), source="a file")
+    assert found.ar == {1: 1.0}
+    assert "/a file/AR:mask/rank=sam/" in found.protocol
+    masks[1]["stability_score"] = np.nan
+    with pytest.raises(DataError, match="scores do not fit"):
+        recall({"a": masks}, scene, rank="sam")

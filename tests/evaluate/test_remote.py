@@ -20,6 +20,8 @@ import torch
 from conftest import random_sam
 
 import samcompress as sc
+from samcompress.core.data import Dataset
+from samcompress.core.data._sample import Held
 from samcompress.core.errors import BackendError, CheckpointError, ConfigError
 from samcompress.evaluate import Rounds, benchmark, runner
 from samcompress.evaluate._parcel import HEADER, Sent, header, pack, unpack, write_data
@@ -106,6 +108,28 @@ def test_finished_rows_are_taken_over(
     assert [r["kind"] for r in inside[3:]] == ["look"]
     with pytest.raises(ConfigError, match=r"other conditions[\s\S]*settings.on"):
         benchmark(models, data, **{**settings, "on": None})
+
+
+def test_boxes_and_grids_go_along(models: dict[str, Any], inside: list[Any]) -> None:
+    given = next(iter(sc.shapes(1, size=48)))
+    known = {"negative": (77,), "not_exhaustive": (given.instances[0].category or 0,)}
+    scene = Held(given.id, given.name, given.image, given.instances, **known)
+    data = Dataset([scene], "lvis", groups={i.category or 0: "rare" for i in given.instances})
+    boxes = [
+        {"image_id": given.id, "category_id": i.category, "bbox": [4, 4, 30, 30], "score": 0.9}
+        for i in given.instances
+    ]
+    asked: dict[str, Any] = {**FAST, "accuracy": False, "latency": False, "detections": boxes}
+    here = benchmark(models, data, everything=2, **asked).rows[1]
+    there = benchmark(models, data, everything=2, on=HERE, **asked).rows[1]
+    assert "rules=lvis" in here["detection"]["protocol"]
+    assert set(here["detection"]["by_group"]) == {"rare"}
+    assert there["detection"] == here["detection"]
+    for row in (here, there):
+        del row["everything"]["seconds"]
+    assert json.dumps(there["everything"]) == json.dumps(here["everything"])
+    with pytest.raises(ConfigError, match=r"cannot be sent[\s\S]*points along each side"):
+        benchmark(models, data, everything=sc.Everything(), on=HERE, **asked)
 
 
 def test_images_are_not_sent_where_only_times_are_asked_for(

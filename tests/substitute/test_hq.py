@@ -192,7 +192,8 @@ def test_tiny_vit_appends_its_second_stage() -> None:
 def test_techniques_for_a_vit_work_on_it() -> None:
     sam = small()
     assert sc.attention.Fused().apply(sam, None) == {
-        "blocks": [f"image_encoder.blocks.{i}" for i in range(3)]
+        "blocks": [f"image_encoder.blocks.{i}" for i in range(3)],
+        "decoder": False,
     }
     torch.testing.assert_close(
         sam.image_encoder(image()), small().image_encoder(image()), rtol=1e-4, atol=1e-5

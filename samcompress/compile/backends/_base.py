@@ -69,6 +69,7 @@ class Backend(ABC):
         dtypes: what it computes in.
         calibrated: those of them for which it must see samples.
         calibrators: what is imported for those besides.
+        calibrators_extra: the extra that installs it, where that is another one.
         dynamic_shapes: whether `Options.dynamic` works; where not, `Export` writes a graph of each
             size and gives no `Options.dynamic`.
         integers: whether it writes layers that multiply integers in torch already.
@@ -83,6 +84,7 @@ class Backend(ABC):
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     calibrated: ClassVar[tuple[str, ...]] = ()
     calibrators: ClassVar[tuple[str, ...]] = ()
+    calibrators_extra: ClassVar[str | None] = None
     dynamic_shapes: ClassVar[bool] = True
     integers: ClassVar[bool] = False
     tolerance: ClassVar[Mapping[str, float]] = {}

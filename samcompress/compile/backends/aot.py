@@ -1,4 +1,7 @@
-"""Torch's own graphs, compiled ahead of time: `torch.export` and AOTInductor."""
+"""Torch's own graphs, compiled ahead of time: `torch.export` and AOTInductor.
+
+Integers by Intel's neural-compressor (Apache-2.0), which rounds torch's graph before that.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core._require import require
 from ...core.errors import BackendError
 from ._base import (
     Backend,
@@ -42,10 +46,23 @@ class Aot(Backend):
 
     name = "aot"
     suffix = ".pt2"
+    dtypes = ("float32", "bfloat16", "int8")
+    calibrated = ("int8",)
+    calibrators = ("neural_compressor",)
+    calibrators_extra = "neural-compressor"
 
     def ready(self, dtype: str = "float32") -> None:
         """Check that there is a compiler of C++; running a file needs none."""
         super().ready(dtype)
+        if dtype == "int8":
+            self._rounds()
+        if dtype == "bfloat16" and not _has_bfloat16():
+            raise BackendError(
+                "this processor has no bfloat16.",
+                where="export",
+                expected="AVX512-BF16, AMX, or an ARM processor with bfloat16",
+                fix="precision='float32' or 'int8'",
+            )
         check_compiler(f"compile.export with {self.name}")
 
     def export(
@@ -64,17 +81,46 @@ class Aot(Backend):
             PROCESSOR: " ".join(processor()),
         }
         with self.writing(module, path):
-            program = torch.export.export(module, example, dynamic_shapes=free_sizes(options))
+            free: Any = free_sizes(options)
+            if dtype == "int8":
+                module = self._rounded(module, example, free, samples)
+            if dtype != "float32" and _has_bfloat16():
+                module, free = InBFloat16(module), free and (free,)
+            program = torch.export.export(module, example, dynamic_shapes=free)
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(path),
                 inductor_configs={
                     # Else the number of threads now would be in the machine code.
                     "cpp.dynamic_threads": True,
+                    # Weights as constants, which are packed for the processor once.
+                    "freezing": True,
                     "aot_inductor.metadata": facts,
                 },
             )
         return [path]
+
+    def _rounded(self, module: nn.Module, example: Sample, free: Any, samples: Any) -> nn.Module:
+        """The module as a graph of integer products, with ranges found on the samples."""
+        quantization, export = self._rounds()
+        graph = export.export(module, example_inputs=example, dynamic_shapes=free)
+        # Histograms: its usual moving average of ranges cuts tails off, for four times the error.
+        config = quantization.INT8StaticQuantConfig(act_algo="kl")
+        prepared = quantization.prepare(graph, config)
+        for sample in samples:
+            prepared(*sample)
+        rounded: nn.Module = quantization.convert(prepared)
+        return rounded
+
+    def _rounds(self) -> list[Any]:
+        purpose = f"{self.name} in int8"
+        with quiet():
+            return [
+                require(
+                    f"neural_compressor.torch.{name}", extra=self.calibrators_extra, purpose=purpose
+                )
+                for name in ("quantization", "export")
+            ]
 
     def load(self, path: Path, *, device: str, threads: int) -> Opened:
         """Open the machine code, which runs on torch's threads."""
@@ -103,6 +149,24 @@ class Aot(Backend):
             return (found,) if isinstance(found, Tensor) else tuple(found)
 
         return Opened(run, {"processor": made_for})
+
+
+class InBFloat16(nn.Module):
+    """A module whose products are computed in bfloat16; what needs more bits stays in float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """As the module's; results are float32."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = self.module(*inputs)
+        return found.float() if isinstance(found, Tensor) else tuple(t.float() for t in found)
+
+
+def _has_bfloat16() -> bool:
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor())
 
 
 def processor() -> list[str]:

@@ -132,7 +132,8 @@ def _open(
     for key, lost in by_image.items():
         for record in lost:
             skips.add(key, f"annotation {record.get('id')}", "no image has this id", str(file))
-    return Dataset(list(samples.values()), name, licence=_licence(content, images), skips=skips)
+    licence, groups = _licence(content, images), _groups(content)
+    return Dataset(list(samples.values()), name, licence=licence, groups=groups, skips=skips)
 
 
 def _sample(image: dict[str, Any], path: Path, records: list[dict[str, Any]]) -> CocoSample:
@@ -145,6 +146,14 @@ def _sample(image: dict[str, Any], path: Path, records: list[dict[str, Any]]) ->
         negative=tuple(image.get("neg_category_ids") or ()),
         not_exhaustive=tuple(image.get("not_exhaustive_category_ids") or ()),
     )
+
+
+def _groups(content: dict[str, Any]) -> dict[int, str]:
+    """How frequent LVIS says that a category is; COCO does not."""
+    words = {"r": "rare", "c": "common", "f": "frequent"}
+    listed = [c for c in content.get("categories") or () if isinstance(c, dict)]
+    known = [c for c in listed if "id" in c and c.get("frequency") in words]
+    return {c["id"]: words[c["frequency"]] for c in known}
 
 
 def _licence(content: dict[str, Any], images: list[Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, overload
@@ -64,6 +64,7 @@ class Dataset(Sequence[Sample]):
         name: such as ``"coco@val2017"``; goes into every protocol id.
         licence: of the data, for the record.
         note: what a reader of numbers must know about the masks.
+        groups: of categories, by category: LVIS's ``rare``, ``common`` and ``frequent``.
         skips: what opening left out, and what to do about later finds.
 
     Raises:
@@ -77,12 +78,14 @@ class Dataset(Sequence[Sample]):
         *,
         licence: str | None = None,
         note: str | None = None,
+        groups: Mapping[int, str] | None = None,
         skips: Skips | None = None,
     ) -> None:
         self._samples = samples
         self.name = name
         self.licence = licence
         self.note = note
+        self.groups = dict(groups or {})
         self._skips = skips or Skips("raise")
         if not len(samples):
             raise DataError(
@@ -210,7 +213,14 @@ class Dataset(Sequence[Sample]):
 
     def _with(self, samples: Sequence[Sample]) -> Dataset:
         skips = Skips(self._skips.on_error, self.skipped)
-        return Dataset(samples, self.name, licence=self.licence, note=self.note, skips=skips)
+        return Dataset(
+            samples,
+            self.name,
+            licence=self.licence,
+            note=self.note,
+            groups=self.groups,
+            skips=skips,
+        )
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._shared_decoder import prompts_at_once
 from ..contract import device_of, dtype_of, parts
 from ..devices import device as device_named
 from ..errors import ConfigError, ModelError
@@ -23,9 +24,6 @@ from ._meter import Meter
 from ._rounds import Prompts, Sampler, Scene
 from .samplers import Grid
 from .segments import EverythingStats, Segments
-
-# Of the image's tokens, of all prompts of a batch together: what a CPU's cache holds.
-TOKENS = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +210,8 @@ class Session:
 
     @property
     def batch(self) -> int:
-        """Prompts in one call that suit the device: 64; on a CPU what its cache holds."""
-        if self.device.type != "cpu":
-            return 64
-        held = 4 * self.embedding.features[0].numel()
-        return min(64, max(4, TOKENS // held))
+        """Prompts in one call that suit the device."""
+        return prompts_at_once(self.embedding.features)
 
     def decode(self, prompts: Prompts) -> Any:
         """Answers to prompts of the image's pixels."""
