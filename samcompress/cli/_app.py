@@ -63,6 +63,9 @@ Data = Annotated[
     str | None,
     typer.Option(help="COCO root (PATH@val2017), SA-1B, masks folder, or shapes:64@seed=1."),
 ]
+Calibration = Annotated[
+    str | None, typer.Option(help="Other images, for what looks at some beforehand: as --data.")
+]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N images.", min=1)]
 Size = Annotated[int | None, typer.Option(help="Change the model's input side first.", min=1)]
 Json = Annotated[

@@ -15,13 +15,10 @@ from ..evaluate.search import search as search_for
 from ..evaluate.space import NONE, Space
 from ..evaluate.study import Study
 from ..evaluate.sweep import sweep as sweep_over
-from ._app import INTERRUPTED, Json, Limit, Model, app
+from ._app import INTERRUPTED, Calibration, Json, Limit, Model, app
 from ._shared import load, opened, say, show
 
 Out = Annotated[Path, typer.Option(help="Folder for results, recipes, picture; resumed from.")]
-Calibration = Annotated[
-    str | None, typer.Option(help="Other images, for techniques that look at some: as --data.")
-]
 Samples = Annotated[str, typer.Option(help="As for apply.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Prompts = Annotated[str, typer.Option(help="box, point, clicks-3, random-3, ...")]

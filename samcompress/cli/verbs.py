@@ -15,7 +15,19 @@ from ..core.files import write_whole
 from ..evaluate import catalog as listing
 from ..evaluate import demo as demonstration
 from ..evaluate.recipes import preflight, recipe
-from ._app import INTERRUPTED, Data, Json, Limit, Model, Models, Recipe, Size, app, recipes
+from ._app import (
+    INTERRUPTED,
+    Calibration,
+    Data,
+    Json,
+    Limit,
+    Model,
+    Models,
+    Recipe,
+    Size,
+    app,
+    recipes,
+)
 from ._shared import load, named, opened, say, show, show_preflight, source_of, write_report
 from .train import train
 
@@ -145,6 +157,7 @@ def bench(
     backends: Annotated[
         str | None, typer.Option(help="Also exported: onnxruntime,openvino:int8; or all.")
     ] = None,
+    calibration: Calibration = None,
     energy: Annotated[bool, typer.Option("--energy", help="Joules of an image.")] = False,
     on: Annotated[
         str | None, typer.Option(help="Another machine: ssh:me@pi, or 'cmd:COMMAND'.")
@@ -176,6 +189,7 @@ def bench(
             memory=not quick,
             energy=energy,
             backends=backends.split(",") if backends else (),
+            calibration=opened(calibration),
             on=on,
             threads=threads,
             out=file,

@@ -51,6 +51,7 @@ def benchmark(
     detections: Boxes | str | Path | Iterable[Mapping[str, Any]] | None = None,
     everything: int | Everything | None = None,
     backends: Sequence[str] = (),
+    calibration: Dataset | Sequence[Sample] | None = None,
     on: str | Launcher | None = None,
     rounds: Rounds | int | None = None,
     batches: Sequence[int] = (),
@@ -90,6 +91,7 @@ def benchmark(
             so, nothing filtered, as in SAM's paper, where it is 64; or an `Everything` of your own.
         backends: runtimes that each model is exported to, a row each: ``"onnxruntime"``,
             ``"openvino:int8"``, ``"all"``. One that is not installed gives a row that says so.
+        calibration: images for those of them that calibrate, other ones than `data`.
         on: another machine: ``"ssh:me@pi"``, ``"cmd:..."``, see `Launcher`. The devices are then
             its devices, the environment of the result its environment. A machine that cannot be
             reached at the start is an error; one that fails later gives rows that say so.
@@ -143,7 +145,8 @@ def benchmark(
         everything=everything,
     )
     base = _check(models, base, devices, job, remote=on is not None)
-    every = with_runtimes(models, backends)
+    seen = None if calibration is None else as_dataset(calibration)
+    every = with_runtimes(models, backends, seen)
     place = Here() if on is None else There(on, devices)
     doc = _document(job, place)
     path = None if out is None else _file(Path(out))
@@ -231,7 +234,7 @@ class _Run:
             return old
         if variant:
             try:
-                made = variant.make(subject.model, self.job.data)
+                made = variant.make(subject.model)
             except SamCompressError as err:
                 log.warning("%s could not be exported: %s", name, err)
                 return absent_row(name, device, base=False, reason=sentence(err))

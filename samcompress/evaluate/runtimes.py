@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.data import Dataset
 from ..core.errors import ConfigError
 from ..core.history import history
 from ..core.registry import find, get
@@ -28,11 +29,13 @@ class Variant:
         model: what is exported.
         backend: the runtime.
         precision: what its encoder computes in; None for the runtime's own choice.
+        calibration: images for runtimes that look at some.
     """
 
     model: Model
     backend: str
     precision: str | None = None
+    calibration: Dataset | None = None
 
     @property
     def params(self) -> dict[str, str]:
@@ -41,20 +44,24 @@ class Variant:
 
     def identity(self, before: str) -> str:
         """Hash that is equal for the same export of the same model."""
-        text = json.dumps([before, EXPORT, find(EXPORT).version, self.params])
+        seen = None
+        if self.calibration is not None and get(EXPORT, **self.params).needs_data:
+            seen = self.calibration.fingerprint
+        text = json.dumps([before, EXPORT, find(EXPORT).version, self.params, seen])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def make(self, model: nn.Module, data: Any) -> Any:
+    def make(self, model: nn.Module) -> Any:
         """Export a model; it is not changed.
 
         Raises:
-            SamCompressError: if the runtime is not installed, or cannot express the model.
+            SamCompressError: if the runtime is not installed, cannot express the model, or wants
+                images and there are none.
         """
         if any(step.transform.terminal for step in history(model).steps):
             raise ConfigError(
                 "a model that runs from files is not exported again.", where=self.backend
             )
-        return get(EXPORT, **self.params)(model, data=data, progress=False)
+        return get(EXPORT, **self.params)(model, data=self.calibration, progress=False)
 
 
 def known() -> tuple[str, ...]:
@@ -63,7 +70,7 @@ def known() -> tuple[str, ...]:
 
 
 def with_runtimes(
-    models: Mapping[str, Model], backends: Sequence[str]
+    models: Mapping[str, Model], backends: Sequence[str], calibration: Dataset | None = None
 ) -> dict[str, Model | Variant]:
     """Models, each followed by what it becomes on other runtimes.
 
@@ -71,6 +78,7 @@ def with_runtimes(
         models: by name.
         backends: names of runtimes, with a precision where it is not the usual one:
             ``"openvino:int8"``; ``"all"`` for every runtime in float32.
+        calibration: images for runtimes that look at some.
 
     Raises:
         ConfigError: if there is no such runtime, or it does not compute in that.
@@ -90,5 +98,5 @@ def with_runtimes(
         found[name] = model
         for label in dict.fromkeys(names):
             backend, _, precision = label.partition(":")
-            found[f"{name} [{label}]"] = Variant(model, backend, precision or None)
+            found[f"{name} [{label}]"] = Variant(model, backend, precision or None, calibration)
     return found

@@ -24,11 +24,11 @@ def test_a_row_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     real = Variant.make
 
-    def make(self: Variant, model: Any, images: Any) -> Any:
+    def make(self: Variant, model: Any) -> Any:
         made.append(self.backend)
         if self.backend == "openvino":
             raise MissingDependencyError("openvino is needed and could not be imported.")
-        return real(self, model, images)
+        return real(self, model)
 
     monkeypatch.setattr(Variant, "make", make)
     settings = {**FAST, "out": tmp_path / "r.json", "backends": ("onnxruntime", "openvino")}
@@ -69,10 +69,33 @@ def test_identity_tells_exports_apart() -> None:
     assert len({one.identity("x"), one.identity("y"), two.identity("x")}) == 3
 
 
+def test_images_for_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are other ones than those that are scored, and part of what a row is."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    data, seen = sc.shapes(2, size=48), sc.shapes(3, seed=1, size=48)
+    sam = random_sam()
+    settings = {**FAST, "backends": ("openvino:int8", "openvino"), "latency": False}
+    rows = benchmark({"base": sam}, data, **settings).rows
+    assert rows[1]["status"] == "not_measured"
+    assert "needs images" in rows[1]["reason"]
+    assert rows[2]["status"] == "measured"
+    found = benchmark({"base": sam}, data, calibration=seen, **settings).rows
+    assert found[1]["status"] == "measured"
+    assert found[2]["identity"] == rows[2]["identity"]
+    one, two = (
+        with_runtimes({"a": "tiny"}, ("openvino:int8",), images)["a [openvino:int8]"]
+        for images in (data, seen)
+    )
+    assert isinstance(one, Variant)
+    assert isinstance(two, Variant)
+    assert one.identity("x") != two.identity("x")
+
+
 def test_model_that_was_exported_is_not_exported_again() -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     variant = Variant(None, "onnxruntime")  # type: ignore[arg-type]
-    once = variant.make(random_sam(), None)
+    once = variant.make(random_sam())
     with pytest.raises(ConfigError, match="not exported again"):
-        variant.make(once, None)
+        variant.make(once)

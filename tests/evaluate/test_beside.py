@@ -220,7 +220,12 @@ def test_page_says_what_an_edge_tpu_would_run(
 def test_integers_of_litert_are_a_row(trained: torch.nn.Module) -> None:
     scenes = sc.shapes(4, seed=5)
     found = benchmark(
-        {"tiny": trained}, scenes, prompts=("box",), backends=("litert:int8",), **FAST
+        {"tiny": trained},
+        scenes,
+        prompts=("box",),
+        backends=("litert:int8",),
+        calibration=sc.shapes(4, seed=1),
+        **FAST,
     )
     base, row = found.rows
     assert (row["status"], row["backend"]) == ("measured", "litert")
