@@ -33,7 +33,9 @@ class BFloat16(Transform, family="quantize", phase=50):
 
     Effect:
         0.50 of the fp32 file. Weights keep 8 significant bits and the range of float32, so nothing
-        overflows as in float16. The embedding of ``vit_b`` with random weights moves by 1.1 %.
+        overflows as in float16. The embedding of ``vit_b`` with random weights moves by 1.0 %; at
+        1024 px on one thread of an AMD EPYC its encoder is 2.0 times as fast as in fp32, and after
+        `Fused` 3.1 times as fast as segment_anything's.
         Norms and softmax round their results only; scales of integer layers and the prompt
         encoder stay float32, and so do the tensors that go in and out of both parts.
 

@@ -37,7 +37,8 @@ class Int8Dynamic(Transform, family="quantize", phase=50):
     Effect:
         In a bfloat16 model the large Linears of ``vit_b`` are 1.4 times as fast as bfloat16 and 3.3
         times as float32 on one thread of an AMD EPYC with VNNI; the file is 0.32 of fp32, 0.27 with
-        `BFloat16`. Its embedding with random weights moves by 1.6 %.
+        `BFloat16`. Its embedding with random weights moves by 1.5 %. The whole encoder
+        at 1024 px, with `Fused` and `BFloat16`, is 3.6 times as fast as segment_anything's fp32.
 
     Composes with:
         Follows pruning, distillation, substitution and attention rewrites, or comes before `Fused`;
