@@ -149,10 +149,10 @@ class PromptDecoder(nn.Module):
         self.mask_downscaling = prompt_encoder.mask_downscaling
         self.mask_decoder = mask_decoder
         height, width = prompt_encoder.input_image_size
-        self.register_buffer("extent", torch.tensor([float(width), float(height)]))
         embeddings = (prompt_encoder.not_a_point_embed, *prompt_encoder.point_embeddings)
         # Some runtimes misread buffers with strides, and this one is a permuted view.
         self.register_buffer("image_pe", prompt_encoder.get_dense_pe().contiguous())
+        self.register_buffer("extent", self.image_pe.new_tensor([width, height]))
         self.register_buffer("labels", torch.cat([e.weight.detach() for e in embeddings]))
         self.register_buffer(
             "no_mask", prompt_encoder.no_mask_embed.weight.detach().view(1, -1, 1, 1)

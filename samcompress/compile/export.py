@@ -52,7 +52,7 @@ class Export(Transform, family="compile", phase=60, terminal=True, extras=EXTRAS
         backend: the runtime: "onnxruntime"; "openvino", the fastest on x86; "aot", torch's own
             compiler ahead of time, which needs no package but for "int8".
         precision: what the image encoder computes in. "int8" multiplies integers in its products
-            and, with "openvino", computes the rest in bfloat16 where the processor can.
+            and, with "openvino" and "aot", computes the rest in bfloat16 where the processor can.
         decoder: what the prompt decoder computes in; less than floats costs masks.
         images: calibration images, the first of the data, where the runtime asks for them:
             "openvino" and "aot" in int8.

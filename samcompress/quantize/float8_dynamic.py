@@ -49,7 +49,8 @@ class Float8Dynamic(Transform, family="quantize", phase=50):
         EPYC half as fast as float32; not yet timed on a GPU.
 
     Composes with:
-        As `Int8Dynamic`. `Export` writes the rounding, with products in floating point.
+        As `Int8Dynamic`. `Export` to ONNX Runtime writes the rounding, with products in floating
+        point; other runtimes refuse.
 
     Source:
         FP8 formats for deep learning, P. Micikevicius et al., 2022, arXiv 2209.05433. Own code on

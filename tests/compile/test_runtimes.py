@@ -14,7 +14,8 @@ from conftest import random_sam, randomise
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 import samcompress as sc
-from samcompress.compile.backends import BACKENDS, aot
+from samcompress.compile._graphs import PromptDecoder
+from samcompress.compile.backends import BACKENDS
 from samcompress.core.predict import preprocess
 
 DATA = sc.shapes(3, seed=3, size=(60, 80))
@@ -27,7 +28,6 @@ KINDS = {
     ("aot", "bfloat16"): 0.02,
     ("aot", "int8"): 0.06,
 }
-BFLOAT16 = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(aot.processor())
 AGAIN = """
 import sys, numpy as np, samcompress as sc
 image = sc.shapes(1, seed=9, size=(60, 80))[0].image
@@ -143,9 +143,20 @@ def test_decoder(backend: str, precision: Literal["float32", "bfloat16"]) -> Non
     assert (errors["logits"] > 1e-4) == (precision == "bfloat16")
 
 
-@pytest.mark.slow
 def test_coordinates_keep_their_bits() -> None:
-    """In bfloat16 points that are a pixel apart would get the same phases."""
+    """The graph's phases of points are segment_anything's, where its own lose bits too."""
+    sam = random_sam()
+    graph, layer = PromptDecoder(sam.prompt_encoder, sam.mask_decoder), sam.prompt_encoder.pe_layer
+    points, size = 128 * torch.rand(4, 3, 2), sam.prompt_encoder.input_image_size
+    expected = layer.forward_with_coords(points, size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, usual = graph._placed(points), layer.forward_with_coords(points, size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (usual - expected).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_masks_of_a_bfloat16_decoder() -> None:
     reason = BACKENDS["aot"].unavailable("bfloat16")
     if reason:
         pytest.skip(reason)
