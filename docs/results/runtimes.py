@@ -1,6 +1,6 @@
 """Every runtime and precision that this machine has, against segment_anything in PyTorch.
 
-    python docs/results/runtimes.py --subjects vit_b mobile_sam efficient_vit_sam_l0 decoder
+    python docs/results/runtimes.py --work WORK
 
 Image encoders of `vit_b` and MobileSAM at 1024 px, of EfficientViT-SAM-L0 at 512, and the mask
 decoder of `vit_b` at 16 boxes. Weights are random, tables and biases too: times and sizes are those
@@ -10,23 +10,28 @@ third process makes, so that each ratio is of one time. No other candidate is in
 
 The machine's own peak is that of torch's matrix products at three sizes; its share is what a
 candidate's multiply-accumulates (those of the model before any step) reach of the peak of its kind
-of numbers. What is not installed is named with its reason. Writes runtimes.json and runtimes.md.
+of numbers. What is not installed is named with its reason. Rows are kept in WORK when they are
+measured, so that the same command goes on after an interruption. Writes runtimes.json and
+runtimes.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _rows import Rows
 
 import samcompress as sc
 from samcompress.compile.backends import BACKENDS
@@ -249,7 +254,7 @@ def child(args: argparse.Namespace, *asked: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measured(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(name: str, args: argparse.Namespace, kept: Rows) -> list[dict[str, Any]]:
     """The rows of one subject."""
     with tempfile.TemporaryDirectory(prefix="samcompress-") as scratch:
         home = Path(scratch) / "base"
@@ -260,30 +265,41 @@ def measured(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         expected = eager.answers()
         base |= {key: expected[key] for key in ("first_s", "baseline_mb", "loaded_mb")}
         base |= {"calls": [], "error": 0.0, "mask_iou": 1.0, "bytes": weight(home)}
-        for number, (key, chain) in enumerate(chains(name, args).items()):
-            folder = Path(scratch) / f"candidate{number}"
-            row = {"subject": name, "name": key, "recipe": [repr(step) for step in chain]}
-            row |= child(args, "--make", name, key, str(folder))
+        for key in chains(name, args):
+            make = partial(candidate, name, key, Path(scratch) / "candidate", eager, expected, args)
+            row = kept.get(f"{name}: {key}", make)
+            base["calls"] += row.get("base_calls", [])
             rows.append(row)
-            if "reason" not in row:
-                worker = Worker(name, folder, args)
-                found = worker.answers()
-                output, masks = found.pop("output"), found.pop("masks")
-                row |= found | turns(eager, worker, args.calls)
-                base["calls"] += row["base_calls"]
-                off = np.linalg.norm(output - expected["output"])
-                both, either = masks & expected["masks"], masks | expected["masks"]
-                row |= {
-                    "error": float(off / np.linalg.norm(expected["output"])),
-                    "mask_iou": float(
-                        np.mean(both.sum((-2, -1)) / np.maximum(either.sum((-2, -1)), 1))
-                    ),
-                    "bytes": weight(folder),
-                }
-                worker.close()
             print(name, key, row.get("reason") or f"{ratio(row):.2f} times", flush=True)
         eager.close()
     return rows
+
+
+def candidate(
+    name: str,
+    key: str,
+    folder: Path,
+    eager: Worker,
+    expected: dict[str, Any],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """A row: how the candidate was made, and its calls in turns with eager's."""
+    row = {"subject": name, "name": key}
+    row |= {"recipe": [repr(step) for step in chains(name, args)[key]]}
+    row |= child(args, "--make", name, key, str(folder))
+    if "reason" in row:
+        return row
+    worker = Worker(name, folder, args)
+    found = worker.answers()
+    output, masks = found.pop("output"), found.pop("masks")
+    off = np.linalg.norm(output - expected["output"]) / np.linalg.norm(expected["output"])
+    both, either = masks & expected["masks"], masks | expected["masks"]
+    overlap = both.sum((-2, -1)) / np.maximum(either.sum((-2, -1)), 1)
+    row |= found | turns(eager, worker, args.calls)
+    row |= {"error": float(off), "mask_iou": float(overlap.mean()), "bytes": weight(folder)}
+    worker.close()
+    shutil.rmtree(folder)
+    return row
 
 
 def turns(eager: Worker, other: Worker, calls: int) -> dict[str, list[dict[str, float]]]:
@@ -352,6 +368,7 @@ def cells(row: dict[str, Any], base: dict[str, Any], peak: dict[str, float]) -> 
 def main() -> None:
     """Measure, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, help="folder of measured rows")
     parser.add_argument("--subjects", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--size", type=int, default=0, help="side of the input instead of its own")
     parser.add_argument("--calls", type=int, default=5, help="timed calls of each candidate")
@@ -371,13 +388,19 @@ def main() -> None:
         found = made(*args.make[:2], Path(args.make[2]), args) if args.make else peaks()
         print(json.dumps(found))
         return None
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "make", "serve", "peaks")}
+    if not args.work:
+        parser.error("--work is needed")
+    hidden = ("work", "out", "make", "serve", "peaks")
+    settings = {k: v for k, v in vars(args).items() if k not in hidden}
+    kinds = {f"{name}: {key}": name for name in args.subjects for key in chains(name, args)}
+    depends = {k: settings[k] for k in ("size", "calls", "images", "threads")}
+    kept = Rows(args.work, kinds, **depends)
     result = {
         "format": 2,
         "environment": environment(),
         "settings": settings,
         "peaks_gflops": child(args, "--peaks"),
-        "rows": [row for name in args.subjects for row in measured(name, args)],
+        "rows": [row for name in args.subjects for row in measured(name, args, kept)],
     }
     (args.out / "runtimes.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "runtimes.md").write_text(table(result))
