@@ -42,6 +42,7 @@ facts = sc.model_info("mobile_sam")
 ```
 
 Every technique works on every one of them or says why not: `tests/test_zoo_pairs.py` has the table.
+Twelve of them are timed on one processor, beside published ratios, in `docs/results/zoo.md`.
 """
 COUNTS = """## Sizes
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _subject import subject
 from segment_anything import SamAutomaticMaskGenerator
 
 import samcompress as sc
-from samcompress.core.build import ARCHITECTURES
 from samcompress.core.devices import device
 from samcompress.core.everything import Everything, Segments, samplers
 from samcompress.core.everything._meter import Meter
@@ -41,18 +41,6 @@ HERE = Path(__file__).parent
 BASE = "segment_anything"
 THRESHOLDS = (0.5, 0.75, 0.9)
 Method = Callable[[np.ndarray], Segments]
-
-
-def load(name: str) -> Any:
-    """The model; one without weights gets random ones everywhere."""
-    if name not in ARCHITECTURES or name in ("tiny", "mini"):
-        return sc.load(name)
-    sam: Any = sc.build(name)
-    drawn = torch.Generator().manual_seed(1)
-    for parameter in sam.parameters():
-        if not parameter.detach().any():
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=drawn))
-    return sam
 
 
 def methods(sam: Any, args: argparse.Namespace) -> dict[str, Method]:
@@ -147,7 +135,7 @@ def measure(sam: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def peak(args: argparse.Namespace) -> int | None:
     """Bytes that one method takes beyond the loaded model, in this process."""
-    sam = load(args.model)
+    sam = subject(args.model)
     image = sc.data.open(args.data)[0].image
     run = methods(sam, args)[args.peak]
     with torch.inference_mode():
@@ -160,7 +148,7 @@ def peak(args: argparse.Namespace) -> int | None:
 def peaks(args: argparse.Namespace) -> dict[str, int | None]:
     """Peak memory of each method, in a process of its own."""
     found = {}
-    for name in methods(load(args.model), args):
+    for name in methods(subject(args.model), args):
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--peak", name],
             check=True,
@@ -251,7 +239,7 @@ def main() -> None:
     if args.peak:
         print(json.dumps(peak(args)))
         return
-    sam = load(args.model)
+    sam = subject(args.model)
     if args.picture:
         picture(sam, args)
         return

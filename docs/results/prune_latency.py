@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
+from _subject import subject
 
 import samcompress as sc
 from samcompress.core.budget import Limit
@@ -25,16 +25,6 @@ from samcompress.core.display import Column, Table
 from samcompress.evaluate.latency import Rounds, latency_many
 
 NEAR = 0.1
-
-
-def load(name: str, size: int | None) -> Any:
-    """A random SAM without tables of zeros."""
-    sam = sc.build(name, **({} if size is None else {"image_size": size}))
-    drawn = torch.Generator().manual_seed(0)
-    for parameter in sam.parameters():
-        if not parameter.detach().any():
-            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=drawn))
-    return sam.eval()
 
 
 def main() -> None:
@@ -52,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of all that was found")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    base = load(args.model, 256 if args.quick else args.size)
+    base = subject(args.model, 256 if args.quick else args.size)
     step = sc.get(
         "prune.budget",
         budget=args.budget,

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _subject import subject
 
 import samcompress as sc
-from samcompress.core.build import ARCHITECTURES
 from samcompress.core.devices import device
 from samcompress.core.predict import decode, encode, preprocess
 from samcompress.core.transform import Transform
@@ -42,20 +42,6 @@ KINDS: dict[str, tuple[Transform, ...]] = {
     "int8 in bf16": (Int8Dynamic(force=True), BFloat16()),
 }
 ON_GPU: dict[str, tuple[Transform, ...]] = {"fp8 in bf16": (Float8Dynamic(force=True), BFloat16())}
-
-
-def load(name: str, size: int) -> Any:
-    """The model at an input size; one without weights gets random ones everywhere."""
-    if name not in ARCHITECTURES or name == "tiny":
-        sam: Any = sc.load(name)
-        fits = sam.image_encoder.img_size == size
-        return sam if fits else sc.substitute.ImageSize(size=size)(sam, progress=False)
-    sam = sc.build(name, image_size=size)
-    drawn = torch.Generator().manual_seed(1)
-    for parameter in sam.parameters():
-        if not parameter.detach().any():
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=drawn))
-    return sam
 
 
 def rows_of(sam: Any) -> dict[str, Any]:
@@ -107,7 +93,7 @@ def overlap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All rows, as plain JSON values."""
-    sam = load(args.model, args.size).eval().to(args.device)
+    sam = subject(args.model, args.size).to(args.device)
     models = rows_of(sam)
     scenes = sc.shapes(args.images, seed=9, size=(args.size * 3 // 4, args.size))
     with torch.inference_mode():

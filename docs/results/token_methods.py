@@ -2,8 +2,8 @@
 
     python docs/results/token_methods.py --model vit_b --size 1024 --calls 5 --out tokens.json
 
-Each row is the image encoder of one model. All rows take turns, call by call, on one thread, on the
-same photo of 3:4, and share their weights. The change is that of the embedding from the eager
+Each row is the image encoder of one model. All rows take turns, call by call, on the same
+photo of 3:4, and share their weights. The change is that of the embedding from the eager
 encoder's, relative L2, mean of some photos; once of the whole embedding, once of what shows the
 photo. A model without weights of its own (`vit_b`) is random, its tables and biases too: its times
 are those of any other, its changes are not. Nothing is downloaded.
@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _subject import subject
 from torch import Tensor, nn
 
 import samcompress as sc
-from samcompress.core.build import ARCHITECTURES
 from samcompress.core.predict import preprocess
 from samcompress.evaluate.devices import device
 from samcompress.evaluate.environment import environment
@@ -55,20 +55,6 @@ def chains(depth: int) -> dict[str, sc.Pipeline | None]:
     rows[f"cluster 0.5 from {depth // 2}, replace"] = cluster(ratio=0.5, restore="replace") | fused
     rows["skip windows, merge 0.5"] = sc.Pipeline([skip(), merge(ratio=0.5)])
     return rows
-
-
-def load(name: str, size: int) -> Any:
-    """The model at an input size; one without weights gets random ones everywhere."""
-    if name not in ARCHITECTURES or name == "tiny":
-        sam: Any = sc.load(name)
-        fits = sam.image_encoder.img_size == size
-        return sam if fits else sc.substitute.ImageSize(size=size)(sam, progress=False)
-    sam = sc.build(name, image_size=size)
-    drawn = torch.Generator().manual_seed(1)
-    for parameter in sam.parameters():
-        if not parameter.detach().any():
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=drawn))
-    return sam
 
 
 def changed(sam: nn.Module, chain: sc.Pipeline | None) -> Any:
@@ -109,7 +95,7 @@ def changes(model: Any, images: list[tuple[Tensor, Tensor]], inside: float) -> t
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All rows, as plain JSON values."""
-    sam = load(args.model, args.size).eval()
+    sam = subject(args.model, args.size)
     models = {n: changed(sam, c) for n, c in chains(len(sam.image_encoder.blocks)).items()}
     scenes = sc.shapes(args.images, seed=9, size=(args.size * 3 // 4, args.size))
     at = device("cpu")
@@ -144,9 +130,10 @@ def table(result: dict[str, Any]) -> str:
     rows, settings = result["rows"], result["settings"]
     times = {row["name"]: row["encoder"]["median_ms"] for row in rows}
     lines = [
-        f"{settings['model']}, {settings['size']} px, photo of 3:4, float32, one thread of "
-        f"{settings['device']}; median of {settings['calls']} calls in turns, half between "
-        "the brackets; MACs are those of a square photo\n",
+        f"{settings['model']}, {settings['size']} px, photo of 3:4, float32, "
+        f"{settings['threads']} thread(s) of {settings['device']}; median of "
+        f"{settings['calls']} calls in turns, half between the brackets; MACs are "
+        "those of a square photo\n",
         "| encoder | s | over segment_anything | over fused | GMAC | change | in the photo |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -193,10 +180,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side of the padded image")
     parser.add_argument("--calls", type=int, default=5, help="calls that count, of each row")
     parser.add_argument("--images", type=int, default=2, help="photos that changes are measured on")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--figure", help="picture to write")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     result = measure(args)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -96,6 +96,7 @@ def page(document: dict[str, Any]) -> str:
     shown = table(document)
     names, cost = ([row[column] for row in shown.rows] for column in (0, 8))
     worst = max(range(len(names)), key=lambda index: cost[index])
+    better = dict(zip(names, cost, strict=True)).get(names[worst] + FUSED)
     facts, threads = document["environment"], document["settings"]["threads"]
     first = document["rows"][0]
     sources = {source for name in names if (known := told(name)) for source in known[1:]}
@@ -114,7 +115,7 @@ def page(document: dict[str, Any]) -> str:
         shown.markdown(),
         "",
         f"The most time for its work takes `{names[worst]}`, {cost[worst]:.3g} ns a "
-        "multiply-accumulate.",
+        f"multiply-accumulate{f'; after `sc.attention.Fused()` {better:.3g}' if better else ''}.",
         "",
         *(f"Published: {source}." for source in sorted(sources)),
     ]

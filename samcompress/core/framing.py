@@ -1,7 +1,7 @@
 """How an image and its prompts get into a model's square, and how masks get out of it again.
 
 All SAMs see a square, but not all fill it alike. The rule belongs to the model: `framing_of` finds
-it, and whoever predicts or measures follows it. Training knows SAM's rule only.
+it, and whoever predicts, measures or trains follows it; a teacher sees images by the student's.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .contract import cast, device_of, dtype_of, parts
 from .errors import DataError, ModelError, ShapeError
-from .framing import framing_of
+from .framing import Framing, framing_of
 from .prompt import Prompt, check_inside
 
 
@@ -55,15 +55,18 @@ class Prediction:
         return len(self.scores)
 
 
-def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
+def preprocess(
+    model: nn.Module, image: np.ndarray, framing: Framing | None = None
+) -> tuple[Tensor, tuple[int, int]]:
     """Resize an image by the model's rule, normalise it, pad it to a square.
 
     Args:
         model: the SAM; its rule (`framing_of`), mean and deviation are used.
         image: (H, W, 3) uint8 RGB.
+        framing: another rule than the model's own, of the same S.
 
     Returns:
-        (3, S, S) on the model's device and in its type, and the size inside the model's frame.
+        (3, S, S) on the model's device and in its type, and the size inside the frame.
 
     Raises:
         ShapeError: if the image is not (H, W, 3).
@@ -85,7 +88,7 @@ def preprocess(model: nn.Module, image: np.ndarray) -> tuple[Tensor, tuple[int, 
             fix="scale it to 0...255 and use .astype(np.uint8)",
         )
     sam: Any = model
-    framing = framing_of(model)
+    framing = framing or framing_of(model)
     inside = framing.inside((image.shape[0], image.shape[1]))
     if min(inside) == 0:
         raise ShapeError(

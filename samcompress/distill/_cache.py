@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, distributed, nn
 
 from ..core._objective import Share
@@ -27,6 +26,7 @@ from ..core.checkpoint import fingerprint
 from ..core.contract import embedding_shape
 from ..core.errors import CheckpointError, DataError
 from ..core.files import whole, write_whole
+from ..core.framing import Framing, framing_of
 from ..core.predict import preprocess
 from ._embeddings import HEADER, VARIANTS, Embeddings, Variant, checksum
 from ._losses import valid_cells
@@ -64,6 +64,7 @@ class Teacher:
             reads as 0, which is no embedding: a decoder sees the padding too, and so does a student
             on another grid at the image's border. Only for losses cell by cell on one grid.
         batch_size: images in one call of the teacher's encoder.
+        rule: how images are fitted into the teacher's square, the student's rule; None for its own.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Teacher:
         flip: bool = False,
         crop: bool = False,
         batch_size: int = 1,
+        rule: type[Framing] | None = None,
     ) -> None:
         self.model, self.data, self.folder = model, data, folder
         self.crop, self.batch_size = crop, batch_size
+        self.framing = square(model, rule)
         self.variants = VARIANTS if flip else VARIANTS[:1]
         self.dtype: torch.dtype = getattr(torch, dtype)
         shape = list(embedding_shape(model))
@@ -90,7 +93,7 @@ class Teacher:
             "image_size": model.image_encoder.img_size,
             "pixel_mean": model.pixel_mean.flatten().tolist(),
             "pixel_std": model.pixel_std.flatten().tolist(),
-            "resize": "longest side, as segment_anything",
+            "resize": type(self.framing).__name__.lower(),
             "padding": "0 after normalising, below and right",
             "data": data.fingerprint,
             # The data set's fingerprint does not depend on the order.
@@ -191,10 +194,7 @@ class Teacher:
             )
 
     def _cropped_bytes(self, index: int) -> int:
-        size = ResizeLongestSide.get_preprocess_shape(
-            *self.data[index].size, self.identity["image_size"]
-        )
-        rows, columns = self._cells(size)
+        rows, columns = self._cells(self.framing.inside(self.data[index].size))
         channels: int = self.identity["shape"][0]
         return channels * rows * columns * self.dtype.itemsize
 
@@ -227,7 +227,7 @@ class Teacher:
         images = [self.data[i].image for i in batch]
         if mirrored:
             images = [np.ascontiguousarray(image[:, ::-1]) for image in images]
-        ready = [preprocess(self.model, image) for image in images]
+        ready = [preprocess(self.model, image, self.framing) for image in images]
         embeddings = self.model.image_encoder(torch.stack([image for image, _ in ready])).float()
         records = []
         for index, embedding, (_, size) in zip(batch, embeddings, ready, strict=True):
@@ -321,6 +321,7 @@ class Ready:
 
     def __init__(self, model: nn.Module, data: Dataset) -> None:
         self.model, self.data = model, data
+        self.framing = square(model)
         self._kept: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._room = READY_BYTES
 
@@ -332,11 +333,18 @@ class Ready:
     def _get(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         if index in self._kept:
             return self._kept[index]
-        image, size = preprocess(self.model, self.data[index].image)
+        image, size = preprocess(self.model, self.data[index].image, self.framing)
         self._room -= image.numel() * image.element_size()
         if self._room > 0:
             self._kept[index] = image, size
         return image, size
+
+
+def square(model: nn.Module, rule: type[Framing] | None = None) -> Framing:
+    """A rule, by default the model's own, whose sizes are pixels of the model's square."""
+    sam: Any = model
+    side = sam.image_encoder.img_size
+    return (rule or type(framing_of(model)))(side, side)
 
 
 @contextmanager

@@ -141,7 +141,8 @@ def guided(
         teacher = copy.deepcopy(teacher).to(device_of(model))
     frames, cache = [Frame.of(model)], None
     if augment is None:
-        kept = Teacher(teacher, ctx.data, ctx.workdir and ctx.workdir / "teacher")
+        folder = ctx.workdir and ctx.workdir / "teacher"
+        kept = Teacher(teacher, ctx.data, folder, rule=frames[0].rule)
         kept.fill(ctx.progress)
         cache = kept.reader()
     else:

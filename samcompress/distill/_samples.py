@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core._draws import batch, generator
 from ..core._objective import Share
 from ..core.errors import ConfigError, DataError
+from ..core.framing import Framing, Stretched, framing_of
 
 if TYPE_CHECKING:
     from ..core.data import Dataset, Instance, Sample
@@ -38,12 +38,14 @@ class Frame:
         grid: cells a side of the grid that masks are compared on.
         mean: of the pixels, three channels.
         std: of the pixels, three channels.
+        rule: how images are fitted into it.
     """
 
     size: int
     grid: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    rule: type[Framing] = Framing
 
     @classmethod
     def of(cls, model: nn.Module) -> Frame:
@@ -58,7 +60,7 @@ class Frame:
         size, grid = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
         while grid < FINE and 2 * grid <= size:
             grid *= 2
-        return cls(size, grid, mean, std)
+        return cls(size, grid, mean, std, type(framing_of(model)))
 
     def ready(self, image: Tensor) -> Tensor:
         """(3, h, w) in 0...255 to (3, S, S): normalised first, then padded with 0."""
@@ -67,13 +69,19 @@ class Frame:
         return F.pad((image - mean) / std, (0, self.size - width, 0, self.size - height))
 
 
+def alike(frames: Sequence[Frame]) -> tuple[Frame, ...]:
+    """The frames, all by the first one's rule: who is compared sees everything in one place."""
+    return tuple(replace(frame, rule=frames[0].rule) for frame in frames)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Augment:
     """How a training image may differ from its file.
 
     Args:
         scale: lowest and highest size, 1 being the whole image in the frame: large-scale jitter.
-            Above 1 a random part is seen, below 1 the rest of the frame is padding.
+            Above 1 a random part is seen, below 1 the rest of the frame is padding; a model whose
+            images always fill its frame sees the whole image then.
         flip: how often left and right change sides, 0 to 1.
         colour: largest relative change of brightness, contrast and saturation.
         grey: how often colours are taken away.
@@ -156,7 +164,8 @@ class Samples:
 
     Args:
         data: images with masks.
-        frames: the student's first, then those of other models that see the same images.
+        frames: the student's first, then those of other models that see the same images, by the
+            student's rule.
         batch_size: images in the whole batch.
         prompts: most objects of an image, drawn without replacement.
         augment: how images are changed; None for none, which gives the predictor's own pixels.
@@ -173,7 +182,7 @@ class Samples:
         augment: Augment | None,
         seed: int,
     ) -> None:
-        self.data, self.frames, self.batch_size = data, tuple(frames), batch_size
+        self.data, self.frames, self.batch_size = data, alike(frames), batch_size
         self.prompts, self.augment, self.seed = prompts, augment, seed
         self.largest = max(frame.size for frame in frames)
         self._kept: dict[int, Sample | None] = {}
@@ -249,11 +258,11 @@ class Samples:
 
     def _plain(self, sample: Sample, g: torch.Generator) -> _View | None:
         """The whole image, resized by the same routine as in the predictor."""
-        image = torch.from_numpy(ResizeLongestSide(self.largest).apply_image(sample.image))
+        image = self.frames[0].rule(self.largest, self.largest).resized(sample.image)
         objects = _shuffled(sample.instances, g)
-        masks = _resized(_stacked(objects), tuple(image.shape[:2]))
+        masks = _resized(_stacked(objects), tuple(image.shape[1:]))
         masks = self._large(masks)[: self.prompts]
-        return _View(image.permute(2, 0, 1).float(), masks) if len(masks) else None
+        return _View(image, masks) if len(masks) else None
 
     def _seen(self, sample: Sample, most: int, g: torch.Generator) -> _View | None:
         """A random part of an image at a random size, perhaps mirrored, with some objects."""
@@ -265,6 +274,8 @@ class Samples:
         rows, columns = (min(n, math.ceil(self.largest / scale)) for n in (height, width))
         top, left = int(u[1] * (height - rows + 1)), int(u[2] * (width - columns + 1))
         size = tuple(min(self.largest, max(1, round(n * scale))) for n in (rows, columns))
+        if issubclass(self.frames[0].rule, Stretched):
+            size = self.largest, self.largest
         part = np.s_[top : top + rows, left : left + columns]
         window = (left, top, left + columns, top + rows)
         objects = [i for i in _shuffled(sample.instances, g) if _shows(i, window)][: 2 * most]

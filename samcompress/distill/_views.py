@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
 from ..core._draws import batch, generator
@@ -16,7 +15,7 @@ from ..core.contract import device_of
 from ..core.errors import DataError, ModelError
 from ._cache import READY_BYTES, evaluating
 from ._losses import embedding_loss, to_grid, valid_cells
-from ._samples import TRIES, Frame
+from ._samples import TRIES, Frame, alike
 from ._taps import EMBEDDING, states
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Views:
 
     Args:
         data: the images.
-        frames: of the student, then of the teachers.
+        frames: of the student, then of the teachers, who see images by the student's rule.
         batch_size: images in the whole batch.
         seed: of the order.
     """
@@ -63,7 +62,7 @@ class Views:
     def __init__(
         self, data: Dataset, frames: Sequence[Frame], *, batch_size: int, seed: int
     ) -> None:
-        self.data, self.frames = data, tuple(frames)
+        self.data, self.frames = data, alike(frames)
         self.batch_size, self.seed = batch_size, seed
         self._kept: dict[int, tuple[dict[Frame, Tensor], tuple[int, int]]] = {}
         self._room = READY_BYTES
@@ -109,9 +108,9 @@ class Views:
         views, size = {}, (0, 0)
         # The student's is first, and its size is what is told.
         for frame in reversed(self.frames):
-            resized = ResizeLongestSide(frame.size).apply_image(image)
-            size = (int(resized.shape[0]), int(resized.shape[1]))
-            views[frame] = frame.ready(torch.from_numpy(resized).permute(2, 0, 1).float())
+            resized = frame.rule(frame.size, frame.size).resized(image)
+            size = (resized.shape[1], resized.shape[2])
+            views[frame] = frame.ready(resized)
         return views, size
 
 

@@ -13,6 +13,7 @@ from ..core._draws import drawn as randomly
 from ..core._objective import Objective, Share
 from ..core.contract import device_of, embedding_shape
 from ..core.errors import NoEffectError
+from ..core.framing import framing_of
 from ..core.registry import register
 from ..core.transform import Context, State
 from ._cache import Ready, Teacher, evaluating
@@ -104,7 +105,8 @@ class Encoder(Learner, family="distill", phase=40):
     def objective(self, model: nn.Module, ctx: Context, steps: int) -> Objective:
         """The distance to the teacher's embeddings, which are computed now."""
         original = ctx.original
-        teacher = Teacher(original, ctx.data, ctx.workdir and ctx.workdir / "teacher")
+        folder, rule = ctx.workdir and ctx.workdir / "teacher", type(framing_of(model))
+        teacher = Teacher(original, ctx.data, folder, rule=rule)
         teacher.fill(ctx.progress)
         source = Images(ctx.data, teacher.reader(), Ready(model, ctx.data), self)
         objective = Imitation(model, source, self)

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def detection(model: Any, job: Job) -> Row:
-    """AP of one mask for each box of a detector.
+def detection(model: Any, base: Row | None, job: Job) -> Row:
+    """AP of one mask for each box of a detector, and its difference to the base's.
 
     Raises:
         DataError: if it cannot be scored, as where objects have no category.
     """
     assert job.detections is not None  # it is asked for
     found = detections(model, job.data, job.detections, progress=job.progress)
-    scored = average_precision(found, job.data).to_dict()
+    scored = average_precision(found, job.data).to_dict(base)
     return {**scored, "skipped": [vars(item) for item in found.skipped]}
 
 
-def everything(model: Any, job: Job) -> Row:
-    """What the masks of whole images find, and the seconds that an image takes.
+def everything(model: Any, base: Row | None, job: Job) -> Row:
+    """What the masks of whole images find, beside the base's; the seconds that an image takes.
 
     Raises:
         DataError: if there is nothing to find.
@@ -52,7 +52,7 @@ def everything(model: Any, job: Job) -> Row:
         found = recall(
             masks, job.data, rank="sam", source=generator_id(generate), progress=job.progress
         )
-    return {**found.to_dict(), "seconds": median(times)}
+    return {**found.to_dict(base), "seconds": median(times)}
 
 
 def generator(asked: int | Everything) -> Everything:

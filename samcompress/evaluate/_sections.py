@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ..core.display import Cell, Column, Table
-from .measures import Row
+from .measures import Row, interval
 
 # By column and its heading.
 Cells = Mapping[tuple[str, str], Any]
@@ -44,7 +44,8 @@ def folded(title: str, body: str) -> str:
 
 def _detection(entry: Row) -> Cells:
     return {
-        ("precision", "AP"): entry["ap"],
+        ("precision", "AP"): Cell(*interval(entry, "ap", "ci")),
+        ("precision", "change"): Cell(*interval(entry, "delta", "delta_ci"), sign=True),
         ("precision", "AP50"): entry["ap50"],
         ("precision", "AP75"): entry["ap75"],
         **{("precision", f"AP {name}"): part["ap"] for name, part in entry["by_size"].items()},
@@ -59,6 +60,7 @@ def _everything(entry: Row) -> Cells:
     return {
         **{("recall", f"AR@{k}"): value for k, value in entry["ar"].items()},
         ("recall", f"AR@{most}"): Cell(entry["ar"][most], (high - low) / 2),
+        ("recall", "change"): Cell(*interval(entry, "delta", "delta_ci"), sign=True),
         **{("recall", f"AR {name}"): part["ar"][most] for name, part in entry["by_size"].items()},
         **{("objects found", f"IoU {k}"): value for k, value in entry["shares"].items()},
         ("objects found", "best IoU"): entry["miou"],
@@ -73,7 +75,8 @@ def _part(rows: Sequence[Row], part: str, read: Callable[[Row], Cells]) -> str:
     asked = [row for row in rows if part in row]
     if not asked:
         return ""
-    names = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    every = dict.fromkeys(key for cells in found.values() for key in cells)
+    names = [key for key in every if any(_there(cells.get(key)) for cells in found.values())]
     head = [Column(name, group=group) for group, name in names or [("", "result")]]
     columns = (Column("name", align="left"), *head)
     body = []
@@ -89,6 +92,10 @@ def _part(rows: Sequence[Row], part: str, read: Callable[[Row], Cells]) -> str:
         boxes = first["detector"]
         notes.append(f"{boxes['n_boxes']} boxes of the detector, SHA-256 {boxes['sha256']}")
     return Table(columns, body, notes=tuple(notes)).html()
+
+
+def _there(value: Any) -> bool:
+    return (value.value if isinstance(value, Cell) else value) is not None
 
 
 def _records(rows: Sequence[Row], notes: Sequence[str]) -> str:

@@ -15,12 +15,16 @@ import numpy as np
 
 from ..core.data import Dataset, Sample, as_dataset
 from ..core.data._annotation import decoder
+from ..core.display import Cell
 from ..core.errors import ConfigError, DataError
+from . import stats
+from ._ap_draws import resampled_ap
 from ._scorer import Entry, Seen, federated, score
 from .detections import Detections
 from .masks import Mask, boundary, decode, encode
 from .protocol import Overlap
 from .records import SIZES, Accuracy
+from .stats import Interval
 
 Rules = Literal["coco", "lvis"]
 
@@ -42,6 +46,8 @@ class AveragePrecision:
         n_detections: what was found, right or wrong; by LVIS's rules only what may be judged.
         by_group: AP of each group of categories; None where a group has no object.
         detector: hash and number of the boxes that were asked with; None where there were none.
+        draws: AP of 1000 draws of as many of the images; of the same draws for every model that was
+            scored on the same data.
     """
 
     protocol: str
@@ -55,18 +61,45 @@ class AveragePrecision:
     n_detections: int
     by_group: dict[str, float | None] = field(default_factory=dict)
     detector: dict[str, Any] | None = None
+    draws: tuple[float, ...] = field(default=(), repr=False)
 
-    def cells(self) -> dict[str, float | int | None]:
+    def ci(self) -> Interval:
+        """95 % interval of the AP, images resampled."""
+        return stats.middle(self.draws)
+
+    def against(self, base: AveragePrecision) -> tuple[float, Interval]:
+        """This AP minus a base's, and its 95 % interval, the same images resampled for both.
+
+        Args:
+            base: by the same rules on the same data.
+
+        Raises:
+            ConfigError: if the two were made by different rules.
+        """
+        stats.comparable({"this": self.protocol, "base": base.protocol})
+        return self.ap - base.ap, stats.middle(np.subtract(self.draws, base.draws))
+
+    def cells(self) -> dict[str, float | int | Cell | None]:
         """The numbers, by the names they have in tables."""
+        low, high = self.ci()
         sizes = {f"AP {name}": part["ap"] for name, part in self.by_size.items()}
         groups = {f"AP {name}": value for name, value in self.by_group.items()}
         recalls = {f"AR@{most}": value for most, value in self.ar.items()}
-        head = {"AP": self.ap, "AP50": self.ap50, "AP75": self.ap75}
+        head = {"AP": Cell(self.ap, (high - low) / 2), "AP50": self.ap50, "AP75": self.ap75}
         return {**head, **sizes, **groups, **recalls, "detections": self.n_detections}
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+    def to_dict(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The entry of a result file.
+
+        Args:
+            base: the base's entry by the same rules; without it what compares is None.
+        """
         fields = {**vars(self), "ar": {str(most): value for most, value in self.ar.items()}}
+        fields |= {"ci": list(self.ci()), "delta": None, "delta_ci": None}
+        fields["draws"] = [round(value, 5) for value in self.draws]
+        if base is not None:
+            fields["delta"] = self.ap - base["ap"]
+            fields["delta_ci"] = list(stats.middle(np.subtract(fields["draws"], base["draws"])))
         fields["by_size"] = {
             name: {**part, "ar": {str(most): value for most, value in part["ar"].items()}}
             for name, part in self.by_size.items()
@@ -337,4 +370,5 @@ def _result(
         n_detections=len(run.cocoDt.dataset["annotations"]),
         by_group=by_group,
         detector=detector,
+        draws=tuple(resampled_ap(run).tolist()),
     )

@@ -75,6 +75,10 @@ def _peak(row: Row) -> Value:
     return (None if peak is None or before is None else peak - before), None
 
 
+def _precision(row: Row) -> Value:
+    return interval(row.get("detection"), "ap", "ci")
+
+
 def _recall(row: Row) -> Value:
     """Of the most masks, with its interval."""
     ar = _at(row, "everything", "ar") or {}
@@ -86,7 +90,7 @@ def _recall(row: Row) -> Value:
 _EVERYTHING = "everything (± 95 %)"
 # What a row may hold of masks beside its accuracies, each by rules of its own.
 MASKS = {
-    "ap": Measure("AP", "", "detector's boxes", _plain("detection", "ap")),
+    "ap": Measure("AP", "", "detector's boxes (± 95 %)", _precision),
     "ar": Measure("AR@1000", "", _EVERYTHING, _recall),
     "found": Measure("found (IoU 0.75)", "", _EVERYTHING, _plain("everything", "shares", "0.75")),
     "everything_s": Measure(

@@ -118,6 +118,19 @@ class Recall:
         images = [record.image_id for record in self.records]
         return stats.bootstrap(values, images, draws=draws, seed=seed)
 
+    def against(self, base: Recall) -> tuple[float, Interval]:
+        """This AR of the most masks minus a base's, and its 95 % interval, images resampled.
+
+        Args:
+            base: by the same rules on the same data.
+
+        Raises:
+            ConfigError: if the two were made by different rules.
+            DataError: if they have no object in common.
+        """
+        stats.comparable({"this": self.protocol, "base": base.protocol})
+        return _gap(self.records, base.records, self.limits[-1])
+
     def cells(self) -> dict[str, float | int | Cell | None]:
         """The numbers, by the names they have in tables."""
         low, high = self.ci()
@@ -133,12 +146,25 @@ class Recall:
             "prompts an image": None if self.n_prompts is None else self.n_prompts / self.n_images,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+    def to_dict(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The entry of a result file.
+
+        Args:
+            base: the base's entry by the same rules; without it what compares is None.
+
+        Raises:
+            DataError: if they have no object in common.
+        """
+        delta, ends = None, None
+        if base is not None:
+            others = [Found(**sample) for sample in base["samples"]]
+            delta, ends = _gap(self.records, others, self.limits[-1])
         return {
             "protocol": self.protocol,
             "ar": {str(most): value for most, value in self.ar.items()},
             "ci": list(self.ci()),
+            "delta": delta,
+            "delta_ci": ends and list(ends),
             "shares": {str(least): value for least, value in self.shares.items()},
             "miou": self.miou,
             "by_size": {
@@ -374,6 +400,17 @@ def _matches(overlaps: np.ndarray) -> np.ndarray:
 def _recall(records: Sequence[Found], most: int, group: str = "all") -> float:
     ranks = np.array([record.ranks[group] for record in records])
     return float(((ranks >= 0) & (ranks < most)).mean(0).mean())
+
+
+def _gap(records: Sequence[Found], others: Sequence[Found], most: int) -> tuple[float, Interval]:
+    """Difference of two recalls over the objects that both have, and its interval."""
+    found = {(other.image_id, other.annotation_id): other for other in others}
+    pairs = [(r, found[key]) for r in records if (key := (r.image_id, r.annotation_id)) in found]
+    if not pairs:
+        raise DataError("the two recalls have no object in common.", expected="the same data")
+    gaps = [_recall([record], most) - _recall([other], most) for record, other in pairs]
+    ends = stats.bootstrap(gaps, [record.image_id for record, _ in pairs])
+    return float(np.mean(gaps)), ends
 
 
 def _share(records: Sequence[Found], least: float) -> float:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,7 @@ def measure_row(row: Row, subject: Subject, base: Subject, base_row: Row | None,
         if row["status"] == "measured" and job.accuracy:
             row["accuracy"] = _accuracy(subject, base_row, job)
         if row["status"] == "measured":
-            _beside_accuracy(row, subject, job)
+            _beside_accuracy(row, subject, base_row, job)
         if row["status"] == "measured" and job.latency:
             row["latency"] = _try(
                 row, "latency", lambda: _latency(subject, base, base_row, row["device"], job)
@@ -276,12 +277,13 @@ def _accuracy(subject: Subject, base_row: Row | None, job: Job) -> list[Row]:
     return entries
 
 
-def _beside_accuracy(row: Row, subject: Subject, job: Job) -> None:
+def _beside_accuracy(row: Row, subject: Subject, base_row: Row | None, job: Job) -> None:
     model = subject.model
-    if job.detections is not None:
-        row["detection"] = _try(row, "detection", lambda: _beside.detection(model, job))
-    if job.everything is not None:
-        row["everything"] = _try(row, "everything", lambda: _beside.everything(model, job))
+    for part, asked in (("detection", job.detections), ("everything", job.everything)):
+        if asked is not None:
+            base = (base_row or {}).get(part)
+            measure = partial(getattr(_beside, part), model, base, job)
+            row[part] = _try(row, part, measure)
     found = _try(row, "checks", lambda: _beside.checks(model))
     if found:
         row["checks"] = found

@@ -138,7 +138,13 @@ DETECTION = _object(
         "n_instances": COUNT,
         "n_detections": COUNT,
     },
-    {"skipped": SKIPPED},
+    {
+        "ci": INTERVAL,
+        "delta": MAYBE,
+        "delta_ci": _or_null(INTERVAL),
+        "draws": {"type": "array", "items": NUMBER},
+        "skipped": SKIPPED,
+    },
 )
 
 EVERYTHING = _object(
@@ -156,7 +162,7 @@ EVERYTHING = _object(
         "n_prompts": COUNT,
         "samples": {"type": "array", "items": SAMPLE},
     },
-    {"skipped": SKIPPED},
+    {"delta": MAYBE, "delta_ci": _or_null(INTERVAL), "skipped": SKIPPED},
 )
 
 # What a checker says of a file for a device that is not here: a table in words.

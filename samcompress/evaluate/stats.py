@@ -6,7 +6,7 @@ over instances would be too narrow, by a factor of 1.6 on COCO.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,8 +93,13 @@ def bootstrap(
     means = resampled(
         values, images, categories=categories, average=average, draws=draws, seed=seed
     )
+    return middle(means, level)
+
+
+def middle(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """The middle part of resampled values: the same share is below it and above it."""
     tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -109,19 +114,35 @@ def resampled(
 ) -> np.ndarray:
     """(draws,) means of resampled images; arguments and errors as for `bootstrap`."""
     sums, counts = _table(values, images, categories, average)
+    means = []
+    for weight in weights(len(sums), draws=draws, seed=seed):
+        total, count = weight @ sums, weight @ counts
+        present = count > 0  # a category may be absent from a draw: the others make its mean
+        ratio = np.divide(total, count, out=np.zeros_like(total), where=present)
+        means.append(ratio.sum(1) / present.sum(1))
+    return np.concatenate(means)
+
+
+def weights(n: int, *, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each image stands in each draw of as many images, with replacement.
+
+    The same for all that is measured on the same number of images, so that two models' values of a
+    draw belong together.
+
+    Args:
+        n: images.
+        draws: number of resamplings.
+        seed: of the resampling.
+
+    Yields:
+        (rows, n) float, the draws in blocks.
+    """
     generator = np.random.default_rng(seed)
-    n = len(sums)
-    means = np.empty(draws)
     step = max(1, _BLOCK // n)
     for start in range(0, draws, step):
         rows = min(step, draws - start)
         picked = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        weight = np.bincount(picked.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
-        total, count = weight @ sums, weight @ counts
-        present = count > 0  # a category may be absent from a draw: the others make its mean
-        ratio = np.divide(total, count, out=np.zeros_like(total), where=present)
-        means[start : start + rows] = ratio.sum(1) / present.sum(1)
-    return means
+        yield np.bincount(picked.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
 
 
 def wilcoxon(differences: Sequence[float] | np.ndarray) -> float:

@@ -55,9 +55,9 @@ class Conventions(Transform, family="substitute", phase=10):
     Effect: none on time and size, but for ``efficient_sam``: its prompt encoder has 1024 weights,
         SAM's 6220, and takes no mask; a prompt costs 1.85 GMAC, with SAM's decoder 1.81.
 
-    Composes with: comes after the encoder's step and before all other families. Training
-        decodes by the model's conventions, but follows SAM's rule of framing; `Supervised` needs
-        ``feed=0`` for ``efficient_sam``, which `compile.export` refuses.
+    Composes with: comes after the encoder's step and before all other families. Training follows
+        the model's conventions, and a teacher sees images by the student's framing; `Supervised`
+        needs ``feed=0`` for ``efficient_sam``, which `compile.export` refuses.
 
     Source: TinySAM, Shu et al. 2023, arXiv 2312.13789; EdgeSAM, Zhou et al. 2023, arXiv 2312.06660
         (S-Lab licence, non-commercial; nothing of its code is used); NanoSAM, NVIDIA 2023;

@@ -20,6 +20,7 @@ import samcompress as sc
 from samcompress.core import errors
 from samcompress.core._progress import Progress
 from samcompress.core.data import Dataset
+from samcompress.core.framing import Framing
 from samcompress.core.predict import encode
 from samcompress.distill import _cache
 from samcompress.distill._losses import embedding_loss, to_grid, valid_cells
@@ -318,6 +319,25 @@ def test_students_of_other_families(step: sc.Pipeline, scenes: Dataset) -> None:
     small = chain(random_sam(), data=scenes, progress=False)
     state = sc.lineage(small)[-1].state
     assert state["loss_after"] < state["loss_before"]
+
+
+def test_teacher_sees_images_by_the_students_rule(scenes: Dataset) -> None:
+    sam = random_sam()
+    student = sc.substitute.Conventions(of="efficient_sam")(sam, progress=False)
+    # The same encoder and another frame: what differs were images in other places.
+    with pytest.raises(errors.NoEffectError, match="embeddings equal the teacher's already"):
+        sc.distill.Encoder(steps=1)(student, teacher=sam, data=scenes, progress=False)
+
+
+def test_padding_of_an_encoder_smaller_than_its_frame(scenes: Dataset) -> None:
+    sam = random_sam()
+    sam.framing = Framing(size=64, frame=128)
+    ready = _cache.Ready(sam, scenes)
+    images, sizes = ready.read(range(len(scenes)))
+    assert sizes == [Framing(64, 64).inside(sample.size) for sample in scenes]
+    assert not any(
+        image[:, height:].any() for image, (height, _) in zip(images, sizes, strict=True)
+    )
 
 
 def test_teacher_of_another_size(scenes: Dataset) -> None:

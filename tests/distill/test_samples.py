@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from conftest import random_sam
 
 import samcompress as sc
 from samcompress.core import errors
+from samcompress.core._draws import batch as draw
 from samcompress.core._objective import Share
 from samcompress.core.data import Dataset, Sample
+from samcompress.core.framing import framing_of
 from samcompress.core.predict import preprocess
 from samcompress.distill._samples import Augment, Batch, Frame, Samples
+from samcompress.distill._views import Views
 
 FRAME = replace(Frame.of(random_sam()), grid=32)  # 64 pixels
 STILL = Augment(scale=(1, 1), flip=0, colour=0, grey=0, paste=0)
@@ -51,6 +55,39 @@ def test_plain_images_are_those_of_the_predictor(scenes: Dataset) -> None:
         ready, inside = preprocess(sam, scenes[index].image)
         assert torch.allclose(image, ready, atol=1e-6)
         assert size == inside
+
+
+@pytest.mark.parametrize("of", ["efficient_sam", "nano_sam"])
+def test_every_model_sees_images_by_the_students_rule(scenes: Dataset, of: Any) -> None:
+    student = sc.substitute.Conventions(of=of)(random_sam(), progress=False)
+    teacher = random_sam(seed=1, image_size=128)
+    source = samples(scenes, Frame.of(student), Frame.of(teacher))
+    batch = source.draw(0, Share())
+    for number, index in enumerate(batch.indices):
+        ready, inside = preprocess(student, scenes[index].image)
+        rule = type(framing_of(student))(128, 128)
+        larger, _ = preprocess(teacher, scenes[index].image, rule)
+        assert batch.sizes[number] == pytest.approx(inside, abs=1)  # from the teacher's, rounded
+        assert torch.allclose(batch.others[0][number], larger, atol=1e-6)
+        if of == "efficient_sam":
+            assert inside == (64, 64)
+            assert batch.valid[number].all()
+            assert float((batch.images[number] - ready).abs().mean()) < 0.1
+    seen = Views(scenes, source.frames, batch_size=2, seed=0).draw(0, Share())
+    drawn = draw(len(scenes), 2, seed=0, step=0)
+    assert seen.sizes == tuple(framing_of(student).inside(scenes[i].size) for i in drawn)
+
+
+def test_stretched_objects_keep_their_place() -> None:
+    student = sc.substitute.Conventions(of="efficient_sam")(random_sam(), progress=False)
+    frame = replace(Frame.of(student), grid=32)
+    data = rectangles((8, 12, 40, 36), size=(48, 64))
+    for augment in (None, STILL):
+        batch = samples(data, frame, batch_size=1, augment=augment).draw(0, Share())
+        assert batch.boxes.tolist() == [[8, 16, 40, 48]]
+        expected = torch.zeros(32, 32)
+        expected[8:24, 4:20] = 1
+        assert float((batch.target[0] - expected).abs().mean()) < 0.02
 
 
 def test_targets_boxes_and_valid_cells() -> None:

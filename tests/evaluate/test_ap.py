@@ -18,9 +18,9 @@ from samcompress.core.data import Dataset, Instance, Sample
 from samcompress.core.data._dataset import Skips
 from samcompress.core.data._sample import Held, Renamed
 from samcompress.core.errors import ConfigError, DataError
-from samcompress.evaluate import accuracy, average_precision
+from samcompress.evaluate import accuracy, average_precision, stats
 from samcompress.evaluate.ap import AveragePrecision
-from samcompress.evaluate.masks import encode
+from samcompress.evaluate.masks import decode, encode
 
 ANNOTATIONS = "annotations/instances_val2017.json"
 Result = dict[str, Any]
@@ -174,6 +174,55 @@ def test_invariance(coco: Dataset, shifted: list[Result]) -> None:
     copies = Dataset([*coco, *(Renamed(s, f"copy {s.id}") for s in coco)], coco.name)
     twice = results + [{**r, "image_id": f"copy {r['image_id']}"} for r in results]
     assert twelve(average_precision(twice, copies)) == pytest.approx(base, abs=1e-9)
+
+
+@pytest.mark.parametrize("rules", ["coco", "lvis"])
+def test_a_draw_is_the_score_of_its_images(
+    coco: Dataset, shifted: list[Result], rules: Any
+) -> None:
+    coco = coco[:30]
+    seen = {sample.id for sample in coco}
+    # Else the copies of an image would stand together or apart as the names of copies are sorted.
+    results = [{**r, "score": (7919 * j % 1051) / 1051} for j, r in enumerate(shifted)]
+    results = [result for result in results if result["image_id"] in seen]
+    found = average_precision(results, coco, rules=rules)
+    assert len(found.draws) == 1000
+    order = sorted(coco, key=lambda sample: sample.id)
+    weights = next(stats.weights(len(coco), draws=1000))
+    for draw in (0, 1, 999):
+        copies, again = [], []
+        for sample, count in zip(order, weights[draw].astype(int), strict=True):
+            for k in range(count):
+                name = f"{sample.id:012d}, {k}"
+                copies.append(Renamed(sample, name))
+                mine = (r for r in results if r["image_id"] == sample.id)
+                again += [{**r, "image_id": name} for r in mine]
+        expected = average_precision(again, Dataset(copies, "drawn"), rules=rules).ap
+        assert found.draws[draw] == pytest.approx(expected, abs=1e-9)
+
+
+def test_interval_and_difference(coco: Dataset, shifted: list[Result]) -> None:
+    found = average_precision(shifted, coco)
+    low, high = found.ci()
+    assert low < found.ap < high
+    assert 0.05 < high - low < 0.25
+    assert found.against(found) == (0, (0, 0))
+    # Two pixels more, for all: the loss is far surer than either number.
+    worse = average_precision(
+        [
+            {**r, "segmentation": encode(np.roll(decode(r["segmentation"]), 2, axis=1))}
+            for r in shifted
+        ],
+        coco,
+    )
+    lost, (least, most) = worse.against(found)
+    assert lost == worse.ap - found.ap
+    assert least < lost < most < 0
+    assert most - least < (high - low) / 2
+    entry = worse.to_dict(found.to_dict())
+    assert (entry["delta"], entry["delta_ci"]) == (lost, pytest.approx([least, most], abs=2e-5))
+    with pytest.raises(ConfigError, match="different protocol id"):
+        worse.against(average_precision(shifted, coco, class_agnostic=True))
 
 
 @pytest.fixture(scope="module")

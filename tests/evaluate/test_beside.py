@@ -97,7 +97,10 @@ def test_numbers_are_those_of_the_scorers(
     row = report.rows[1]
     asked = sc.evaluate.detections(models["other"], data, boxes)
     ap = sc.evaluate.average_precision(asked, data)
-    assert {k: row["detection"][k] for k in ap.to_dict()} == ap.to_dict()
+    base = report.rows[0]["detection"]
+    assert {k: row["detection"][k] for k in ap.to_dict()} == ap.to_dict(base)
+    assert row["detection"]["delta"] == ap.ap - base["ap"]
+    assert (base["delta"], base["delta_ci"]) == (None, None)
     found = sc.evaluate.recall(
         lambda image: generator(3)(models["other"], image),
         data,
@@ -105,7 +108,10 @@ def test_numbers_are_those_of_the_scorers(
         source="everything=Grid(side=3),min_iou=0,min_stability=0,nms=0.9",
     )
     its = {k: v for k, v in row["everything"].items() if k != "seconds"}
-    assert its == found.to_dict()
+    base = report.rows[0]["everything"]
+    assert its == found.to_dict(base)
+    assert its["delta"] == pytest.approx(its["ar"]["1000"] - base["ar"]["1000"])
+    assert its["delta_ci"][0] <= its["delta"] <= its["delta_ci"][1]
     assert row["everything"]["seconds"] > 0
     assert its["ci"][0] <= its["ar"]["1000"] <= its["ci"][1]
     check(json.loads(report.json()))
@@ -124,6 +130,7 @@ def test_every_face_shows_them(report: Report) -> None:
     assert "Detection: masks for a detector&#x27;s boxes" in titles
     assert "Segment everything" in titles
     assert "objects found" in page
+    assert page.count(">change<") >= 2
     assert report.rows[0]["detection"]["detector"]["sha256"] in page
     assert "Prompts other than box; energy." in page
     assert "AP" in leaderboard(report).text()
