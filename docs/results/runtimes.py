@@ -65,12 +65,15 @@ def chains(name: str, args: argparse.Namespace) -> dict[str, sc.Pipeline]:
     """Name of a candidate to its pipeline; what it computes in is behind the comma."""
     fused, half = sc.attention.Fused(), sc.quantize.BFloat16()
     found: dict[str, tuple[Transform, ...]] = {}
-    for title, first in (("", ()), ("fused, ", (fused,))) if name == "vit_b" else (("", ()),):
+    both = name in ("vit_b", "decoder")
+    for title, first in (("", ()), ("fused, ", (fused,))) if both else (("", ()),):
         if title:
             found["fused, torch, float32"] = first
         found[f"{title}torch, bfloat16"] = *first, half
         if name != "decoder":
-            found[f"{title}torch, int8"] = *first, sc.quantize.Int8Dynamic(force=True)
+            integers = sc.quantize.Int8Dynamic(force=True)
+            found[f"{title}torch, int8"] = *first, integers
+            found[f"{title}torch in bfloat16, int8"] = *first, integers, half
         if args.compile:
             for kind, freeze in (("compiled", False), ("compiled and frozen", True)):
                 step = Torch(decoder=name == "decoder", prompts=PROMPTS, freeze=freeze)
@@ -293,8 +296,8 @@ def candidate(
 
 
 def turns(eager: Worker, other: Worker, calls: int) -> dict[str, list[dict[str, float]]]:
-    """Calls of both in turns."""
-    pairs = [(eager.ask("call"), other.ask("call")) for _ in range(calls)]
+    """Calls of both in turns; the first ones, after minutes without any, do not count."""
+    pairs = [(eager.ask("call"), other.ask("call")) for _ in range(calls + 1)][1:]
     return {"base_calls": [a for a, _ in pairs], "calls": [b for _, b in pairs]}
 
 

@@ -43,6 +43,7 @@ def chains(depth: int) -> dict[str, sc.Pipeline | None]:
         for name in ("merge_tokens", "cluster_tokens", "skip_padding")
     )
     rows: dict[str, sc.Pipeline | None] = {EAGER: None, FUSED: sc.Pipeline([fused])}
+    rows["skip windows, not fused"] = sc.Pipeline([skip()])
     rows["skip windows"] = skip() | fused
     for margin in (1, 2, 4, 8):
         rows[f"skip photo, margin {margin}"] = sc.Pipeline([skip(photo=True, margin=margin)])
@@ -159,6 +160,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
     fused = next(r["encoder"]["median_ms"] for r in result["rows"] if r["name"] == FUSED)
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in result["rows"]:
+        if row["name"] == EAGER:
+            continue  # far to the right of all others
         label = row["name"].rstrip("0123456789. ")
         label = "cluster" if label.startswith("cluster") else label.removesuffix(", margin")
         spot = row["encoder"]["median_ms"] / fused, row["change"]["photo"]
@@ -181,13 +184,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5, help="calls that count, of each row")
     parser.add_argument("--images", type=int, default=2, help="photos that changes are measured on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--out", help="JSON file to write, and a Markdown file beside it")
     parser.add_argument("--figure", help="picture to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = measure(args)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        Path(args.out).with_suffix(".md").write_text(f"# Fewer tokens\n\n{table(result)}\n")
     if args.figure:
         figure(result, Path(args.figure))
     print(table(result))
