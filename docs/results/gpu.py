@@ -91,7 +91,7 @@ def encoders(base: Any, other: Any, images: int, args: argparse.Namespace) -> di
 
 def everything(base: Any, other: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds an image of both generators, and whether they find the same masks."""
-    at, thresholds = device(args.device), {"min_iou": args.min_iou}
+    at = device(args.device)
     reference = SamAutomaticMaskGenerator(
         base,
         points_per_side=args.side,
@@ -102,8 +102,8 @@ def everything(base: Any, other: Any, args: argparse.Namespace) -> dict[str, Any
     ours = sc.Everything(
         sampler=sc.samplers.Grid(side=args.side),
         points_per_batch=PROMPTS,
+        min_iou=args.min_iou,
         min_stability=args.min_stability,
-        **thresholds,
     )
     shown = pictures(args, base.image_encoder.img_size)
     taken: dict[str, list[float]] = {"base": [], "this": []}

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from ..core._progress import Progress, ProgressLike
 from ..core.data import Dataset, Sample, Skipped, as_dataset
-from ..core.data._annotation import decoder
 from ..core.display import Cell
-from ..core.errors import ConfigError, DataError, ShapeError
+from ..core.errors import ConfigError, DataError
 from . import stats
+from ._ranked import Rank, area, ranked
 from ._reading import ahead
 from .masks import encode
 from .records import SIZES, _order
 from .stats import Interval
 
-Rank = Literal["score", "sam"]
 Source = Mapping[Any, Any] | Callable[[np.ndarray], Any]
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # Share of the objects with a mask of at least this IoU.
@@ -248,15 +247,15 @@ def recall(
         ahead(data, workers), label="images", total=len(data)
     ):
         given = _of_image(found, sample)
-        runs = _ranked(given, rank, sample)
+        runs = ranked(given, rank, sample)
         asked = getattr(getattr(given, "stats", None), "prompts", None)
         told = told and asked is not None
         n_images, n_masks, n_prompts = n_images + 1, n_masks + len(runs), n_prompts + (asked or 0)
         if references is None:
             truths = [(i.id, i.area, encode(i.mask)) for i in sample.instances if not i.crowd]
         else:
-            wanted = _ranked(_of_image(references, sample), None, sample)
-            truths = [(number, _area(run), run) for number, run in enumerate(wanted)]
+            wanted = ranked(_of_image(references, sample), None, sample)
+            truths = [(number, area(run), run) for number, run in enumerate(wanted)]
             digest.update(json.dumps([str(sample.id), wanted]).encode())
         records += _records(sample.id, runs, truths, limits[-1])
     against = "" if references is None else f",references={digest.hexdigest()[:12]}"
@@ -283,69 +282,6 @@ def _of_image(source: Source, sample: Sample) -> Any:
             expected="an entry for every image, an empty list where nothing was found",
         )
     return source[sample.id]
-
-
-def _ranked(given: Any, rank: Rank | None, sample: Sample) -> list[Any]:
-    """Run lengths of an image's masks, best first, equals in the given order."""
-    where = f"image {sample.id}"
-    try:
-        if isinstance(given, (list, tuple)):
-            shapes: Iterable[Any] = [item["segmentation"] for item in given]
-        elif hasattr(given, "rle"):
-            shapes = [given.rle(index, compressed=True) for index in range(len(given))]
-        else:
-            shapes = given.masks
-        runs = [_run(shape, sample.size, where) for shape in shapes]
-        scores = np.zeros(len(runs)) if rank is None else _scores(given, rank)
-    except (AttributeError, KeyError, TypeError) as err:
-        raise DataError(
-            "these are no masks of an image.",
-            where=where,
-            got=f"{type(given).__name__}: {err}",
-            expected="masks and scores, or dictionaries with segmentation and predicted_iou",
-        ) from err
-    if len(scores) == len(runs) and np.isnan(scores).any():
-        # The stability of an empty mask is 0 / 0; it finds nothing, wherever it stands.
-        scores = np.where([_area(run) == 0 for run in runs], 0.0, scores)
-    if len(scores) != len(runs) or not np.isfinite(scores).all():
-        raise DataError(
-            "scores do not fit the masks.",
-            where=where,
-            got=f"{len(scores)} scores, {int((~np.isfinite(scores)).sum())} not finite",
-            expected=f"{len(runs)} finite scores",
-        )
-    return [runs[i] for i in np.argsort(-scores, kind="stable")]
-
-
-def _scores(given: Any, rank: Rank) -> np.ndarray:
-    if isinstance(given, (list, tuple)):
-        if rank == "sam":
-            found = [(item["predicted_iou"] + item["stability_score"]) / 2 for item in given]
-        else:
-            found = [item["score"] if "score" in item else item["predicted_iou"] for item in given]
-        return np.asarray(found, dtype=float)
-    if rank == "sam":
-        both: np.ndarray = np.asarray(given.predicted_iou, float) + np.asarray(given.stability)
-        return both / 2
-    return np.asarray(given.scores, dtype=float)
-
-
-def _run(shape: Any, size: tuple[int, int], where: str) -> dict[str, Any]:
-    mask = decoder(shape, size)() if isinstance(shape, (dict, list)) else np.asarray(shape)
-    if mask.shape != size or mask.dtype != bool:
-        raise ShapeError(
-            "mask does not fit its image.",
-            where=where,
-            got=f"{mask.shape} {mask.dtype}",
-            expected=f"{size} bool",
-        )
-    return encode(mask)
-
-
-def _area(run: dict[str, Any]) -> float:
-    from pycocotools import mask as coco
-
-    return float(coco.area(run))
 
 
 def _records(
