@@ -1,6 +1,6 @@
 """Every runtime and precision that this machine has, against segment_anything in PyTorch.
 
-    python docs/results/runtimes.py --work WORK
+    python docs/results/runtimes.py
 
 Image encoders of `vit_b` and MobileSAM at 1024 px, of EfficientViT-SAM-L0 at 512, and the mask
 decoder of `vit_b` at 16 boxes. Weights are random, tables and biases too: times and sizes are those
@@ -10,9 +10,9 @@ third process makes, so that each ratio is of one time. No other candidate is in
 
 The machine's own peak is that of torch's matrix products at three sizes; its share is what a
 candidate's multiply-accumulates (those of the model before any step) reach of the peak of its kind
-of numbers. What is not installed is named with its reason. Rows are kept in WORK when they are
-measured, so that the same command goes on after an interruption. Writes runtimes.json and
-runtimes.md.
+of numbers. What is not installed is named with its reason. Each row goes to runtimes.json when
+it is measured, and rows that stand there stay if they are of the same settings, processor and
+packages: an interrupted run goes on, a later one adds to it. Tables go to runtimes.md.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _rows import Rows
 from _subject import subject
 
 import samcompress as sc
@@ -39,6 +37,7 @@ from samcompress.compile.backends import BACKENDS
 from samcompress.compile.export import Export
 from samcompress.compile.torch import Torch
 from samcompress.core.errors import SamCompressError
+from samcompress.core.files import write_whole
 from samcompress.core.macs import decoder_macs, macs
 from samcompress.core.predict import Embedding, decode, preprocess
 from samcompress.core.transform import Transform
@@ -248,27 +247,68 @@ def child(args: argparse.Namespace, *asked: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measured(name: str, args: argparse.Namespace, kept: Rows) -> list[dict[str, Any]]:
-    """The rows of one subject."""
+class Kept:
+    """Measured rows in the result file.
+
+    Args:
+        path: the file; its rows are taken up if they can be compared with new ones.
+        head: settings, environment and peaks of this run.
+    """
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self.path, self.head = path, head
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        old = json.loads(path.read_text()) if path.exists() else None
+        if old and comparable(old) == comparable(head):
+            self.rows = {(row["subject"], row["name"]): row for row in old["rows"]}
+
+    def wanted(self, name: str, keys: list[str]) -> list[str]:
+        """Candidates that have no times yet."""
+        return [key for key in keys if not self.rows.get((name, key), {}).get("calls")]
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Keep a row, in the place of an older one."""
+        self.rows[row["subject"], row["name"]] = row
+        write_whole(self.path, (json.dumps(self.result(), indent=1) + "\n").encode())
+
+    def result(self) -> dict[str, Any]:
+        """Everything, subjects and candidates in order."""
+        order = list(SIZES)
+        rows = sorted(self.rows.values(), key=lambda row: order.index(row["subject"]))
+        return self.head | {"rows": rows}
+
+
+def comparable(doc: dict[str, Any]) -> list[Any]:
+    """What must be equal for rows to stand in one table."""
+    settings = [doc["settings"][key] for key in ("size", "calls", "images", "threads")]
+    return [doc["format"], *settings, doc["environment"]["cpu"], doc["environment"]["versions"]]
+
+
+def measure(name: str, args: argparse.Namespace, kept: Kept) -> None:
+    """The missing rows of one subject."""
+    keys = kept.wanted(name, list(chains(name, args)))
+    if not keys:
+        return
     with tempfile.TemporaryDirectory(prefix="samcompress-") as scratch:
         home = Path(scratch) / "base"
         base = {"subject": name, "name": BASE} | child(args, "--make", name, BASE, str(home))
         if "reason" in base:
-            return [base]
-        eager, rows = Worker(name, home, args), [base]
+            return kept.put(base)
+        eager = Worker(name, home, args)
         expected = eager.answers()
         for _ in range(WARM):
             eager.ask("call")
         base |= {key: expected[key] for key in ("first_s", "baseline_mb", "loaded_mb")}
-        base |= {"calls": [], "error": 0.0, "mask_iou": 1.0, "bytes": weight(home)}
-        for key in chains(name, args):
-            make = partial(candidate, name, key, Path(scratch) / "candidate", eager, expected, args)
-            row = kept.get(f"{name}: {key}", make)
-            base["calls"] += row.get("base_calls", [])
-            rows.append(row)
+        base |= {"error": 0.0, "mask_iou": 1.0, "bytes": weight(home)}
+        calls = kept.rows.get((name, BASE), {}).get("calls", [])
+        for key in keys:
+            row = candidate(name, key, Path(scratch) / "candidate", eager, expected, args)
+            calls = [*calls, *row.get("base_calls", [])]
+            kept.put(base | {"calls": calls})
+            kept.put(row)
             print(name, key, row.get("reason") or f"{ratio(row):.2f} times", flush=True)
         eager.close()
-    return rows
+    return None
 
 
 def candidate(
@@ -332,7 +372,7 @@ def table(result: dict[str, Any]) -> str:
         f"other runtimes opens later. Peak of torch's matrix products, GFLOP/s: {best}. Made by "
         "`docs/results/runtimes.py`.",
     ]
-    for name in settings["subjects"]:
+    for name in dict.fromkeys(row["subject"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["subject"] == name]
         base = next((row for row in rows if row["name"] == BASE and row.get("calls")), None)
         lines += [f"\n## {name}\n"]
@@ -364,7 +404,6 @@ def cells(row: dict[str, Any], base: dict[str, Any], peak: dict[str, float]) -> 
 def main() -> None:
     """Measure, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="folder of measured rows")
     parser.add_argument("--subjects", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--size", type=int, default=0, help="side of the input instead of its own")
     parser.add_argument("--calls", type=int, default=5, help="timed calls of each candidate")
@@ -384,23 +423,19 @@ def main() -> None:
         found = made(*args.make[:2], Path(args.make[2]), args) if args.make else peaks()
         print(json.dumps(found))
         return None
-    if not args.work:
-        parser.error("--work is needed")
-    hidden = ("work", "out", "make", "serve", "peaks")
-    settings = {k: v for k, v in vars(args).items() if k not in hidden}
-    kinds = {f"{name}: {key}": name for name in args.subjects for key in chains(name, args)}
-    depends = {k: settings[k] for k in ("size", "calls", "images", "threads")}
-    kept = Rows(args.work, kinds, **depends)
-    result = {
-        "format": 2,
+    hidden = ("out", "make", "serve", "peaks", "subjects", "only")
+    head = {
+        "format": 3,
         "environment": environment(),
-        "settings": settings,
+        "settings": {k: v for k, v in vars(args).items() if k not in hidden},
         "peaks_gflops": child(args, "--peaks"),
-        "rows": [row for name in args.subjects for row in measured(name, args, kept)],
     }
-    (args.out / "runtimes.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "runtimes.md").write_text(table(result))
-    print(table(result))
+    kept = Kept(args.out / "runtimes.json", head)
+    for name in args.subjects:
+        measure(name, args, kept)
+    page = table(kept.result())
+    write_whole(args.out / "runtimes.md", page.encode())
+    print(page)
     return None
 
 
