@@ -90,7 +90,7 @@ def chains(name: str, args: argparse.Namespace) -> dict[str, sc.Pipeline]:
                 parts = {"decoder" if name == "decoder" else "precision": kind}
                 step = Export(backend=backend, images=args.images, **parts, **fixed)
                 found[f"{title}{backend}, {kind}"] = *first, step
-    return {key: sc.Pipeline(chain) for key, chain in found.items() if args.only in key}
+    return {key: sc.Pipeline(chain) for key, chain in found.items() if any(p in key for p in args.only)}
 
 
 def made(name: str, key: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -409,7 +409,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5, help="timed calls of each candidate")
     parser.add_argument("--images", type=int, default=4, help="to calibrate on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="candidates whose names hold this")
+    parser.add_argument("--only", nargs="+", default=[""], help="candidates named like these")
     parser.add_argument("--compile", action="store_true", help="torch's compiler too: minutes more")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of both files")
     parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
