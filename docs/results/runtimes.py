@@ -90,7 +90,8 @@ def chains(name: str, args: argparse.Namespace) -> dict[str, sc.Pipeline]:
                 parts = {"decoder" if name == "decoder" else "precision": kind}
                 step = Export(backend=backend, images=args.images, **parts, **fixed)
                 found[f"{title}{backend}, {kind}"] = *first, step
-    return {key: sc.Pipeline(chain) for key, chain in found.items() if any(p in key for p in args.only)}
+    wanted = [key for key in found if any(part in key for part in args.only)]
+    return {key: sc.Pipeline(found[key]) for key in wanted}
 
 
 def made(name: str, key: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -77,9 +77,9 @@ class SlimSAM(Slices, family="prune", phase=20):
         CheckpointError: if a file in ``workdir=`` is damaged.
 
     Effect:
-        Of ``vit_b``, ``ratio=0.77`` leaves 9.5 of 93.7 million parameters, 44 of 486 GMAC and 0.18
-        of the encoder's time on a CPU; 0.5 leaves 28.0 million, 153 GMAC and 0.39. With published
-        settings it is 9.7 million, 47 and 0.47, or 28.0 million, 153 and 0.61. The state tells what
+        Of ``vit_b``, ``ratio=0.77`` leaves 9.5 of 93.7 million parameters, 44 of 486 GMAC and 0.14
+        of the encoder's time on a CPU; 0.5 leaves 28.0 million, 153 GMAC and 0.22. With published
+        settings it is 9.7 million, 47 and 0.51, or 28.0 million, 153 and 0.67. The state tells what
         was kept and, under ``aligned``, the losses of both trainings.
 
     Composes with:

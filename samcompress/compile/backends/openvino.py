@@ -84,8 +84,8 @@ class OpenVino(Backend):
                 graph = self._quantized(graph, samples)
             graph.set_rt_info(dtype, PRECISION)
             graph.set_rt_info(json.dumps(sizes_of(example, options)), INPUTS)
-            # Halves round less than bfloat16 does: with its eight bits they are as good as floats.
-            runtime.save_model(graph, path, compress_to_fp16=dtype == "bfloat16")
+            # Halves round less than bfloat16 and integers: beside them they are as good as floats.
+            runtime.save_model(graph, path, compress_to_fp16=dtype != "float32")
         return [path, weights]
 
     def load(self, path: Path, *, device: str, threads: int) -> Opened:
