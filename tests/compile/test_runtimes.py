@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import random_sam, randomise
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from zoo_models import MODELS
 
 import samcompress as sc
 from samcompress.compile._graphs import PromptDecoder
@@ -137,6 +138,16 @@ def test_integers_of_openvino_need_images() -> None:
     assert not sc.compile.Export(backend="onnxruntime", precision="int8").needs_data
     with pytest.raises(sc.errors.DataError, match=r"compile\.export needs images"):
         step(random_sam())
+
+
+def test_no_integers_of_onnxruntime_for_convolutions() -> None:
+    reason = BACKENDS["onnxruntime"].unavailable("int8")
+    if reason:
+        pytest.skip(reason)
+    step = sc.compile.Export(backend="onnxruntime", precision="int8")
+    with pytest.raises(sc.errors.BackendError, match="would have no integer products") as caught:
+        step(MODELS["efficient_vit_sam"](), progress=False)
+    assert "backend='openvino'" in str(caught.value)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

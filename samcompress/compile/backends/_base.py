@@ -182,13 +182,15 @@ class Backend(ABC):
 
     @contextlib.contextmanager
     def writing(self, module: nn.Module, *files: Path) -> Iterator[None]:
-        """Silent, without gradients; whatever goes wrong is a BackendError and leaves no file."""
+        """Silent, without gradients; whatever goes wrong is an error of ours and leaves no file."""
         try:
             with quiet(), torch.no_grad():
                 yield
         except Exception as err:
             for file in files:
                 file.unlink(missing_ok=True)
+            if isinstance(err, SamCompressError):
+                raise
             raise BackendError(
                 f"{self.name} could not export a {type(module).__name__}.",
                 where="export",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import BackendError
 from ._base import Backend, Opened, Options, Sample, floats, free_sizes
 
 # An ONNX file is one protobuf message, which ends at 2 GB; larger weights go into a file beside it.
@@ -96,7 +97,12 @@ class OnnxRuntime(Backend):
             use_external_data_format=large,
         )
         if not _multiplies_integers(self.package("onnx").load(path, load_external_data=False)):
-            raise ValueError("no product of integers is left in the graph")
+            raise BackendError(
+                f"{self.name}: this model would have no integer products.",
+                where="export",
+                got="convolutions alone, where int8 of this backend is for matrix products",
+                fix="backend='openvino', precision='int8', which rounds convolutions too",
+            )
 
 
 def _multiplies_integers(model: Any) -> bool:
