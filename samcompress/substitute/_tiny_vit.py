@@ -13,6 +13,7 @@ Source: K. Wu et al., "TinyViT", 2022, arXiv 2207.10666; as an encoder for SAM: 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,12 +194,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, channels, height, width)."""
-        grid = x.shape[2:]
-        tokens = _tokens(x).unflatten(1, grid)
+        batch, dim, *grid = x.shape
+        tokens = _tokens(x).reshape(batch, *grid, dim)
         # The norm is the attention's, so padded tokens become its bias; trained weights rely on it.
         windows, padded = window_partition(tokens, self.window_size)
         mixed = self.attn(windows.flatten(1, 2)).reshape(windows.shape)
-        tokens = tokens + window_unpartition(mixed, self.window_size, padded, grid)
+        tokens = tokens + window_unpartition(mixed, self.window_size, padded, tuple(grid))
         # No shortcut around the convolution.
         tokens = _tokens(self.local_conv(_map(tokens.flatten(1, 2), grid)))
         return _map(tokens + self.mlp(tokens), grid)
@@ -244,8 +245,8 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def _map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, grid)
+def _map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 def _block(config: TinyViTConfig, stage: int) -> nn.Module:

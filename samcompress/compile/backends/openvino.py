@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ from ._base import (
 
 # Where a file says what it is to be computed in, and what it takes.
 PRECISION, INPUTS = ["samcompress", "precision"], ["samcompress", "inputs"]
+# Numbers of a constant from which on it is worth storing smaller.
+LARGE = 4096
 # Operations that only say where numbers lie.
 _MOVES = ("Concat", "Convert", "Gather", "Reshape", "Slice", "StridedSlice", "Transpose")
 
@@ -82,9 +85,11 @@ class OpenVino(Backend):
             graph = self._converted(reader, example, options)
             if dtype == "int8":
                 graph = self._quantized(graph, samples)
+                _halve(graph, self.package("openvino.opset13"))
             graph.set_rt_info(dtype, PRECISION)
             graph.set_rt_info(json.dumps(sizes_of(example, options)), INPUTS)
             # Halves round less than bfloat16 and integers: beside them they are as good as floats.
+            # Of a graph with integers this leaves all floats as they are.
             runtime.save_model(graph, path, compress_to_fp16=dtype != "float32")
         return [path, weights]
 
@@ -167,6 +172,18 @@ class OpenVino(Backend):
                 )
             ),
         )
+
+
+def _halve(graph: Any, operations: ModuleType) -> None:
+    """Store large constants that are no integers as halves; they are floats again when opened."""
+    for op in graph.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type().get_type_name() != "f32":
+            continue
+        half = op.data.astype(np.float16) if math.prod(op.shape) >= LARGE else None
+        if half is not None and np.isfinite(half).all():
+            value = operations.convert(operations.constant(half), "f32")
+            for user in op.output(0).get_target_inputs():
+                user.replace_source_output(value.output(0))
 
 
 def _left_out(graph: Any) -> list[str]:
