@@ -238,7 +238,8 @@ def _coerce(owner: Transform, name: str, value: Any, kind: Any) -> Any:
             return Where(**value)
         return value if isinstance(value, Where) else Where(value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        inside = get_args(kind)[0]
+        return tuple(_coerce(owner, name, v, inside) for v in value)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return kind(**value)  # type: ignore[operator]
     if get_origin(kind) is Literal:
@@ -253,6 +254,8 @@ def _coerce(owner: Transform, name: str, value: Any, kind: Any) -> Any:
         right, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif kind in (bool, str):
         right, expected = isinstance(value, kind), kind.__name__
+    elif get_origin(kind) is tuple:
+        right, expected = False, "a tuple or list"
     else:
         return value
     if not right:

@@ -113,13 +113,14 @@ def _gradients(
 
     labelled = 0
     for sample in samples:
+        objects = [o for o in sample.instances if not o.crowd and o.mask.any()][:OBJECTS]
+        if criterion == "taylor" and not objects:
+            continue
         noise = torch.Generator().manual_seed(_seed(seed, sample.id))
         features = twin.image_encoder(preprocess(twin, sample.image)[0][None])
         if criterion == "taylor":
-            loss = _loss(twin, features, sample)
-            if loss is not None:
-                labelled += 1
-                add(loss, [*encoder, *decoder])
+            labelled += 1
+            add(_loss(twin, features, sample.size, objects), [*encoder, *decoder])
             continue
         if encoder:
             add(_disturbed(features, noise), encoder)
@@ -141,20 +142,17 @@ def _disturbed(output: Tensor, noise: torch.Generator) -> Tensor:
     return (disturbance * output).sum()
 
 
-def _loss(twin: Any, features: Tensor, sample: Any) -> Tensor | None:
+def _loss(twin: Any, features: Tensor, size: tuple[int, int], objects: Sequence[Any]) -> Tensor:
     """How wrong masks and scores of annotated objects are, asked for by their boxes."""
-    objects = [o for o in sample.instances if not o.crowd and o.mask.any()][:OBJECTS]
-    if not objects:
-        return None
     corners = torch.tensor([o.box for o in objects], dtype=torch.float32).view(-1, 2, 2)
-    boxes = corners * _scale(twin, sample.size)
+    boxes = corners * _scale(twin, size)
     prompts = twin.prompt_encoder(
         points=None, boxes=boxes.flatten(1).to(features.device), masks=None
     )
     logits, scores = _answers(twin, features, *prompts)
     masks = torch.stack([torch.from_numpy(o.mask) for o in objects])[:, None].float()
     framing = framing_of(twin)
-    height, width = framing.inside(sample.size)
+    height, width = framing.inside(size)
     masks = F.interpolate(masks, (height, width), mode="bilinear", antialias=True)
     masks = F.pad(masks, (0, framing.frame - width, 0, framing.frame - height))
     target = F.interpolate(masks, logits.shape[-2:], mode="area").to(logits.device)

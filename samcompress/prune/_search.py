@@ -140,7 +140,8 @@ def _timed(model: Any, space: Space, limit: Limit) -> Costs:
         heads.append({n: took[full._replace(heads=n)] for n in space.heads[i]})
         hidden.append({n: took[full._replace(hidden=n)] - took[full] for n in space.hidden[i]})
     parts = Costs(0.0, tuple(heads), tuple(hidden))
-    parts = parts.scaled((ms[whole] - ms[least]) / (parts.of(whole) - parts.of(least)))
+    if whole != least:
+        parts = parts.scaled((ms[whole] - ms[least]) / (parts.of(whole) - parts.of(least)))
     return replace(parts, base=ms[whole] - parts.of(whole))
 
 

@@ -76,6 +76,11 @@ class Axes(Cuts):
                 fix='"heads" here, and sc.prune.HeadDims as a step of its own',
             )
 
+    @property
+    def most(self) -> float:
+        """Share that a module may lose at most."""
+        return 1.0
+
     def granularity(self, kind: str, groups: Sequence[Group]) -> int:
         """Heads are counted one by one."""
         one = kind in ("heads", "token_heads")
@@ -85,7 +90,7 @@ class Axes(Cuts):
         """Check that there is something to cut."""
         if "channels" in self.axes:
             check_blocks(self.label, model)
-        self.layers(model, 1.0)
+        self.layers(model, self.most)
 
     def layers(self, model: nn.Module, most: float) -> list[Layer]:
         """All that can be cut, and how far, if none may lose more than a share.
@@ -246,6 +251,8 @@ def sensitivity(
         (4, [176, 128, 96, 64])
     """
     check_sam(model)
+    if not ratios:
+        raise ConfigError(f"{_Curve.name}: ratios is empty.", expected="at least one share")
     for ratio in ratios:
         if not 0 < ratio < 1:
             raise ConfigError(

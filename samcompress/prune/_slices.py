@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Cuts(Transform):
 
     def validate(self) -> None:
         """Check ranges."""
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         for name in ("round_to", "images"):
             value = getattr(self, name)
             if name == "round_to" and value == "auto":
@@ -51,7 +53,7 @@ class Cuts(Transform):
                 raise ConfigError(
                     f"{self.label}: {name} is out of range.",
                     got=repr(value),
-                    expected="at least 1" + ', or "auto"' * (name == "round_to"),
+                    expected="at least 1" + ', or "auto"' * ("auto" in kinds[name]),
                 )
 
     def rebuild(self, model: nn.Module, state: State) -> State:

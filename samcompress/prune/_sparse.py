@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, NoEffectError
+from ..core.errors import ConfigError, ModelError, NoEffectError
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
 from ._slices import check_finite, readable
@@ -94,7 +94,16 @@ class Sparse(Transform):
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """Linears to thin out, by name."""
         found = self.where.select(model, LINEARS, step=self.label)
-        return {name: layer for name, layer in found if type(layer) in LINEARS}
+        plain = {name: layer for name, layer in found if type(layer) in LINEARS}
+        if not plain:
+            raise ModelError(
+                f"{self.label} met layers that were replaced.",
+                where=found[0][0],
+                got=type(found[0][1]).__name__,
+                expected="torch.nn.Linear",
+                fix="thin out before other steps replace layers, e.g. quantization",
+            )
+        return plain
 
     @torch.no_grad()
     def _thin(self, name: str, layer: nn.Linear, heard: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..core.budget import Limit
+from ..core.devices import device
 from ..core.errors import ConfigError, NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State
@@ -116,10 +117,22 @@ class Budget(Axes, family="prune", phase=20):
         self.between("max_ratio", 0, 1)
         super().validate()
 
+    @property
+    def most(self) -> float:
+        """`max_ratio`."""
+        return self.max_ratio
+
+    def check(self, model: nn.Module) -> None:
+        """Check that there is something to cut, and the device to time it on."""
+        super().check(model)
+        limit = Limit.parse(self.budget)
+        if limit.quantity == "latency_ms":
+            device(limit.place(model))
+
     def apply(self, model: nn.Module, ctx: Context) -> State:
         """See what can be reached, score, order all cuts, search how many, cut."""
         limit = Limit.parse(self.budget)
-        layers = self.layers(model, self.max_ratio)
+        layers = self.layers(model, self.most)
         maker = Stopwatch if limit.quantity == "latency_ms" else Counter
         meter: Meter = maker(model, layers, limit)
         least, prices = self._probe(meter, layers)

@@ -33,7 +33,8 @@ class HeadDims(Ranked, family="prune", phase=20):
     Raises:
         ConfigError: if a field is out of range, or `ratio` would leave heads without dimensions.
         NoEffectError: if `where` matches no attention of segment_anything's kind.
-        ModelError: if a layer was replaced, e.g. quantised already, or a weight is not finite.
+        ModelError: if a layer was replaced, e.g. quantised already, a weight is not finite, or
+            the image encoder is no ViT of segment_anything's.
         DataError: if a criterion gets no image, or "taylor" no annotated object.
 
     Effect:

@@ -40,8 +40,8 @@ class Mlp(Ranked, family="prune", phase=20):
     Raises:
         ConfigError: if a field is out of range, or `ratio` would empty an MLP.
         NoEffectError: if `where` matches no MLP of segment_anything's kind.
-        ModelError: if an MLP is of other layers than `torch.nn.Linear`, e.g. quantised already, or
-            a weight is not finite.
+        ModelError: if an MLP is of other layers than `torch.nn.Linear`, e.g. quantised already, a
+            weight is not finite, or the image encoder is no ViT of segment_anything's.
         DataError: if a criterion gets no image, or "taylor" no annotated object.
 
     Effect:

@@ -55,7 +55,8 @@ class SlimSAM(Slices, family="prune", phase=20):
             empties them, after each cut.
         scale: of attention whose heads get narrower. "keep" leaves it as it was, so a dimension
             that goes is as one set to zero; "reset" makes it that of the new width.
-        round_to: channels, attention's width and hidden units left are a multiple of this.
+        round_to: channels, hidden units and attention's width left are a multiple of this, the
+            width as far as whole heads allow.
         images: at most so many images are looked at for each of the two scores.
         align: False cuts without training, as ``epochs=0`` does.
         epochs: how often each image is seen in each of the two trainings, >= 0.
@@ -70,9 +71,9 @@ class SlimSAM(Slices, family="prune", phase=20):
 
     Raises:
         ConfigError: if a field is out of range, or `ratio` would leave nothing of a module.
-        NoEffectError: if the image encoder is not segment_anything's ViT.
-        ModelError: if a layer was replaced, a weight is not finite, the decoder reads the tokens
-            too, as in SAM-HQ, or the teacher is not the model from before this step.
+        ModelError: if the image encoder is not segment_anything's ViT, a layer was replaced, a
+            weight is not finite, the decoder reads the tokens too, as in SAM-HQ, or the teacher is
+            not the model from before this step.
         DataError: if there is no image to look at, or for "taylor" no annotated object.
         CheckpointError: if a file in ``workdir=`` is damaged.
 

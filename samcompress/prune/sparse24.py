@@ -11,7 +11,7 @@ from ..core.errors import ShapeError
 from ..core.registry import register
 from ._sparse import Sparse
 from ._sparse_choice import two_of_four
-from ._sparse_layers import Sparse24Linear
+from ._sparse_layers import Sparse24Linear, has_zeros
 
 
 @register
@@ -82,8 +82,8 @@ class Sparse24(Sparse, family="prune", phase=40):
         return two_of_four(scores, start)
 
     def done(self, layer: Any) -> bool:
-        """Whether it is a layer of this technique."""
-        return isinstance(layer, Sparse24Linear)
+        """Whether it is a layer of this technique, and nothing has filled its zeros since."""
+        return isinstance(layer, Sparse24Linear) and has_zeros(layer.weight)
 
     def twin(self, layer: nn.Linear) -> Sparse24Linear:
         """A layer that keeps its zeros and knows the kernels."""

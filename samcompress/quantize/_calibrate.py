@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from ..core import _saved
 from ..core.checkpoint import fingerprint
 from ..core.contract import device_of, dtype_of
 from ..core.data import Sample
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, DataError
 from ..core.framing import framing_of
+from ..core.history import lineage
 from ..core.predict import preprocess
 from ..core.transform import Context
 from ._observe import Observer, Range
@@ -72,6 +73,7 @@ def calibrate(
     outputs: Mapping[str, Tap] | None = None,
     images: int = 32,
     prompts: Prompts = "mixed",
+    ended: Callable[[], None] = lambda: None,
 ) -> None:
     """Run images, and prompts where a tap is outside the image encoder, through a model.
 
@@ -82,13 +84,14 @@ def calibrate(
         outputs: by module name, what is called with the module's output.
         images: at most so many, the first of the data.
         prompts: what is asked; "mixed" takes boxes and points in turn.
+        ended: called after each image.
 
     Raises:
-        DataError: if there are no data, or a tap meets a value that is not finite.
+        DataError: if there are no images, or a tap meets a value that is not finite.
     """
     outputs = outputs or {}
     decodes = any(not name.startswith("image_encoder.") for name in (*taps, *outputs))
-    samples = itertools.islice(ctx.data.readable(), images)
+    samples = first_images(ctx, images)
     total = min(images, len(ctx.data))
     with torch.no_grad(), evaluating(model), tapped(model, taps, outputs):
         for index, sample in enumerate(
@@ -98,6 +101,27 @@ def calibrate(
             if decodes:
                 # All masks are computed whichever are asked for.
                 decoded(model, features, asked(model, sample, index, prompts), (False,))
+            ended()
+
+
+def first_images(ctx: Context, count: int) -> Iterator[Sample]:
+    """The first images that can be read, at most so many.
+
+    Raises:
+        DataError: if there are no data, or none of them can be read.
+    """
+    read = 0
+    for sample in itertools.islice(ctx.data.readable(), count):
+        read += 1
+        yield sample
+    if not read:
+        raise DataError(
+            f"{ctx.step} has to look at images, and none could be read.",
+            where=ctx.data.name,
+            got=f"{len(ctx.data)} samples, {len(ctx.data.skipped)} of them skipped",
+            expected="at least one",
+            fix="other data=, or on_error='raise' in sc.data.open to see the first fault",
+        )
 
 
 def observe(
@@ -106,8 +130,6 @@ def observe(
     ctx: Context,
     *,
     images: int = 32,
-    prompts: Prompts = "mixed",
-    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Range]:
     """Ranges of the inputs of modules, from the work folder if they were found before.
 
@@ -116,8 +138,6 @@ def observe(
         observers: by module name.
         ctx: data, progress and work folder.
         images: see `calibrate`.
-        prompts: see `calibrate`.
-        settings: plain values that, with model and data, tell these ranges from others.
 
     Raises:
         DataError: if there are no data, a value is not finite, or a module was never reached.
@@ -125,7 +145,7 @@ def observe(
 
     def compute() -> dict[str, Tensor]:
         taps = {name: _first(found.update) for name, found in observers.items()}
-        calibrate(model, taps, ctx, images=images, prompts=prompts)
+        calibrate(model, taps, ctx, images=images, ended=lambda: end(observers.values()))
         ends = {name: found.range() for name, found in observers.items()}
         return {
             f"{name}:{end}": value
@@ -134,9 +154,7 @@ def observe(
         }
 
     identity = {
-        **(settings or {}),
         "images": images,
-        "prompts": prompts,
         "observers": {
             n: [type(o).__name__, *map(str, _plain(o))] for n, o in sorted(observers.items())
         },
@@ -154,7 +172,7 @@ def remembered(
     """Tensors and plain values that `compute` gives; from the work folder if they are there.
 
     Args:
-        model: its weights, and
+        model: its weights and history, and
         ctx: its data, and
         settings: these plain values tell one result from another.
         compute: called if there is no file.
@@ -168,6 +186,8 @@ def remembered(
         **settings,
         "step": ctx.step,
         "model": fingerprint(model),
+        # Two attentions may have equal weights and look at other tokens.
+        "history": [[s.transform.label, s.transform.params()] for s in lineage(model)],
         "data": ctx.data.fingerprint,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -296,6 +316,12 @@ def check_images(label: str, images: int) -> None:
     """
     if images < 1:
         raise ConfigError(f"{label}: images is out of range.", got=images, expected=">= 1")
+
+
+def end(observers: Iterable[Observer]) -> None:
+    """Tell observers that an image is over."""
+    for each in observers:
+        each.end()
 
 
 def _first(update: Callable[[Tensor], None]) -> Tap:

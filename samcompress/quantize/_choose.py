@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError, NoEffectError
 from ..core.where import Where
+from ._fake import Rounded
 from ._layers import Stored
 
 
@@ -31,8 +32,9 @@ def layers(
 
     Raises:
         NoEffectError: if nothing matches, or all that does is smaller than `least`.
-        ModelError: if all that matches is integer already.
+        ModelError: if all that matches is integer already, or the model only simulates integers.
     """
+    check_not_simulated(step, model)
     found: list[tuple[str, Any]] = where.select(model, (*kinds, Stored), step=step)
     plain = [(n, m) for n, m in found if type(m) in kinds and _zeros_around(m)]
     left = [name for name, layer in plain if layer.weight.numel() >= least]
@@ -53,6 +55,23 @@ def layers(
         expected="floating-point layers: integers are not rounded twice",
         fix="start from the model before that step, or choose other layers with where=",
     )
+
+
+def check_not_simulated(step: str, model: nn.Module) -> None:
+    """Check that no layer computes with rounded numbers in floating point.
+
+    Raises:
+        ModelError: if one does.
+    """
+    done = next((name for name, layer in model.named_modules() if isinstance(layer, Rounded)), None)
+    if done is not None:
+        raise ModelError(
+            f"{step} met a model that simulates quantization.",
+            where=done,
+            got=type(model.get_submodule(done)).__name__,
+            expected="floating-point layers",
+            fix="start from the model before the simulation",
+        )
 
 
 def finite_weight(name: str, layer: Any, *, step: str) -> Tensor:

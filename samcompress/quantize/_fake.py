@@ -188,6 +188,13 @@ class Site:
     place: int = 0
 
 
+def after_gelu(model: nn.Module, site: Site) -> bool:
+    """Whether what comes to a place is what the GELU of an MLP gives."""
+    owner, _, last = site.tap.rpartition(".")
+    curve = getattr(model.get_submodule(owner), "act", None)
+    return site.role == "input" and last in ("lin2", "fc2") and isinstance(curve, nn.GELU)
+
+
 def fakeable(layer: nn.Module) -> bool:
     """Whether a layer can be replaced: exact classes only, and not what reads the pixels."""
     if is_linear(layer):

@@ -6,20 +6,30 @@ import torch
 from torch import Tensor
 
 from ._int4 import BITS, group_codes, group_scale
+from ._observe import finite
 
 DAMPING = 0.01  # of the mean of the diagonal
 TOKENS = 4096  # of an image
 
 
 class Products:
-    """Sum of x xᵀ over the tokens that a layer gets; one image at a time."""
+    """Sum of x xᵀ over the tokens that a layer gets; one image at a time.
 
-    def __init__(self) -> None:
+    Args:
+        name: of the layer, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.total: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Add (..., n) tokens, at most `TOKENS` of them, evenly drawn."""
-        tokens = x.detach().flatten(0, -2).float()
+        """Add (..., n) tokens, at most `TOKENS` of them, evenly drawn.
+
+        Raises:
+            DataError: if one is not finite.
+        """
+        tokens = finite(self.name, x.detach().flatten(0, -2).float())
         tokens = tokens[:: -(-len(tokens) // TOKENS)]
         added = tokens.T @ tokens
         self.total = added if self.total is None else self.total.add_(added)

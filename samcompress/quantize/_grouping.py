@@ -153,6 +153,7 @@ def learn(
     """
     grouped = layer.input
     assert isinstance(grouped, Grouped)
+    x = x.to(true.weight)
     target = true(x).detach()
     names = ("shift", "factor", "scale")
     start = {name: getattr(grouped, name).clone() for name in names}

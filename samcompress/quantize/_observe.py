@@ -41,6 +41,9 @@ class Observer(ABC):
         self.see(finite(self.name, x.detach().float()))
         self.seen += 1
 
+    def end(self) -> None:  # noqa: B027 - most have nothing to do
+        """What comes from now on is of another image."""
+
     def range(self) -> Range:
         """The lowest and highest value to cover: () each, or (places,) with an `axis`.
 
@@ -94,19 +97,26 @@ class MinMax(Observer):
 class AverageMinMax(Observer):
     """The mean over the images of their smallest and of their largest values."""
 
-    low: Tensor
-    high: Tensor
+    def __init__(self, name: str, axis: int | None = None) -> None:
+        super().__init__(name, axis)
+        self.image = MinMax(name, axis)
+        self.images: list[Range] = []
 
     def see(self, x: Tensor) -> None:
-        """Add both ends."""
-        low, high = (end.double() for end in self.ends(x))
-        if self.seen:
-            low, high = low + self.low, high + self.high
-        self.low, self.high = low, high
+        """Widen the range of this image, which a layer may meet in several pieces."""
+        self.image.update(x)
+
+    def end(self) -> None:
+        """Put this image's range to the others."""
+        if self.image.seen:
+            self.images.append(self.image.found())
+            self.image = MinMax(self.name, self.axis)
 
     def found(self) -> Range:
         """Both means."""
-        return (self.low / self.seen).float(), (self.high / self.seen).float()
+        self.end()
+        low, high = (torch.stack(ends).double().mean(0) for ends in zip(*self.images, strict=True))
+        return low.float(), high.float()
 
 
 class Histogram(Observer):

@@ -7,7 +7,6 @@ model as it is rounded at first.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +19,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core.transform import Context
-from ._calibrate import Answer, Prompts, answer, asked, evaluating
+from ._calibrate import Answer, Prompts, answer, asked, evaluating, first_images
 from ._fake import FakeLinear, Product
 from ._quantizers import Quantizer
 
 ROWS = 32  # of a product's outputs, kept from each call
-MAPS = 2  # of attention, kept from each call
-CALLS = 2  # of a module, kept from each image
+MAPS = 4  # of attention, evenly spaced over heads and windows, kept from each call
 EPS = 1e-4  # scores are taken between this and 1 - this
 
 
@@ -59,7 +57,7 @@ def gather(
     """
     products = {n: m for n, m in model.named_modules() if isinstance(m, (FakeLinear, Product))}
     kept = {name: Kept() for name in products}
-    samples = itertools.islice(ctx.data.readable(), images)
+    samples = first_images(ctx, images)
     total = min(images, len(ctx.data))
     grads = [(p, p.requires_grad) for p in model.parameters()]
     with torch.enable_grad(), evaluating(model), evaluating(teacher), _frugal(model):
@@ -166,12 +164,10 @@ def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
 @contextmanager
 def _recording(products: dict[str, Any], kept: dict[str, Kept]) -> Iterator[None]:
     """Keep rows of every product that a gradient reaches."""
-    calls = dict.fromkeys(products, 0)
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            calls[name] += 1
-            if calls[name] > CALLS or not output.requires_grad:
+            if not output.requires_grad:
                 return
             factors, rows = _rows(inputs, isinstance(module, Product))
 
@@ -203,7 +199,11 @@ def _rows(inputs: tuple[Tensor, ...], product: bool) -> tuple[list[Tensor], Any]
 
     def maps(x: Tensor) -> Tensor:
         x = x.detach().float()
-        return x.flatten(0, -3)[:MAPS] if product else x.flatten(0, -2)
+        if not product:
+            return x.flatten(0, -2)
+        every = x.flatten(0, -3)
+        some = min(len(every), MAPS)
+        return every[torch.arange(some, device=x.device) * len(every) // some]
 
     left = maps(inputs[0])
     count = left.shape[-2]

@@ -15,7 +15,8 @@ from ..core.errors import ConfigError, ModelError, NoEffectError
 from ..core.history import lineage
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
-from ._calibrate import Prompts, Tap, calibrate, check_images, remembered
+from ._calibrate import Prompts, Tap, calibrate, check_images, end, remembered
+from ._choose import finite_weight
 from ._fake import Rounded, Site, attentions, fakeable, install, replace, sites
 from ._layers import Stored
 from ._observe import Observer, Range, finite
@@ -103,7 +104,8 @@ class Simulated(Transform):
     def apply(self, model: nn.Module, ctx: Context) -> State:
         """Calibrate in floating point, then round."""
         layers = dict.fromkeys(self._layers(model), self.weight_bits)
-        _check_weights(self.label, model, layers)
+        for name in layers:
+            finite_weight(name, model.get_submodule(name), step=self.label)
         state = self.prepare(model, ctx)
         inside = attentions(model, layers) if self.products and self.activation_bits else []
         originals = {name: copy.deepcopy(model.get_submodule(name)) for name in layers}
@@ -113,7 +115,7 @@ class Simulated(Transform):
         install(model, found)
         for name in ctx.progress.track(layers, label="weights"):
             layer: Any = model.get_submodule(name)
-            layer.cover(*self.weight_range(name, layer.weight, layer.grid))
+            layer.cover(*self.weight_range(layer.weight, layer.grid))
         state |= {
             "layers": layers,
             "attentions": inside,
@@ -139,7 +141,7 @@ class Simulated(Transform):
         """What finds the quantizer of a site."""
 
     @abstractmethod
-    def weight_range(self, name: str, weight: Tensor, grid: Grid) -> Range:
+    def weight_range(self, weight: Tensor, grid: Grid) -> Range:
         """(out,) lowest and highest values that the levels of a weight cover."""
 
     def refine(self, model: nn.Module, ctx: Context, originals: Mapping[str, nn.Module]) -> State:
@@ -151,7 +153,15 @@ class Simulated(Transform):
             fitters = {site: self.fitter(model, site) for site in places}
             reached: set[str] = set()
             taps = _taps(fitters, reached)
-            calibrate(model, taps, ctx, images=self.images, prompts=self.prompts)
+            seen = [f.observer for f in fitters.values() if isinstance(f, Even)]
+            calibrate(
+                model,
+                taps,
+                ctx,
+                images=self.images,
+                prompts=self.prompts,
+                ended=lambda: end(seen),
+            )
             # Hiera's neck has a layer that no image passes: it has no inputs to round.
             made = {s.name: fitter.quantizer() for s, fitter in fitters.items() if s.tap in reached}
             tensors = {
@@ -201,17 +211,6 @@ def _rounded(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     codes = isinstance(weight, Tensor) and not weight.is_floating_point()
     return codes or isinstance(module, (Rounded, Stored))
-
-
-def _check_weights(label: str, model: nn.Module, layers: Mapping[str, int]) -> None:
-    for name in layers:
-        layer: Any = model.get_submodule(name)
-        if not torch.isfinite(layer.weight).all():
-            raise ModelError(
-                f"{label} met a weight that is not finite.",
-                where=f"{name}.weight",
-                expected="finite numbers",
-            )
 
 
 def _taps(fitters: Mapping[Site, Fitter], reached: set[str]) -> dict[str, Tap]:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from ._observe import POWER, Histogram
 from ._quantizers import Affine, Hybrid, Log, Quantizer
-from ._uniform import TINY
 
 ROWS = 8  # of each map, evenly spaced
 SAMPLED = 1 << 16  # numbers of the maps looked at in one call
-BOUNDS = 12  # candidates of a bound, half octaves from twice the first image's largest weight down
+BOUNDS = 25  # candidates of a bound, half octaves from 1 down: few weights are below 1/4096
 SHARES = (0.1, 0.3, 0.5)  # of the range, that the log part of a `Hybrid` may get
 LOG_SHARES = (8, 4, 2)  # one over the share of its levels
 
@@ -31,15 +30,12 @@ class MapSearch:
         taus = ((1, 2, 4, 8, 16) if bits >= 8 else (1, 2, 4)) if log else ()
         self.bits = bits
         self.kinds: tuple[int | None, ...] = ((None,) if even else ()) + taus
-        self.bounds: Tensor | None = None
+        self.bounds = 2.0 ** (-0.5 * torch.arange(BOUNDS))
         self.losses = torch.zeros(len(self.kinds), BOUNDS, dtype=torch.float64)
 
     def update(self, weights: Tensor, values: Tensor) -> None:
         """Judge the candidates by (..., n, m) attention weights and (..., m, d) values."""
         weights, values = _sampled(weights.detach().float(), values.detach().float())
-        if self.bounds is None:
-            largest = weights.max().clamp(min=TINY).cpu()
-            self.bounds = 2 * largest * 2.0 ** (-0.5 * torch.arange(BOUNDS))
         for row, kind in enumerate(self.kinds):
             for column, bound in enumerate(self.bounds):
                 candidate = self.candidate(kind, bound).to(weights.device)
@@ -56,7 +52,6 @@ class MapSearch:
 
     def quantizer(self) -> Quantizer:
         """The candidate of least loss; of equals the first."""
-        assert self.bounds is not None
         row, column = divmod(int(self.losses.argmin()), BOUNDS)
         return self.candidate(self.kinds[row], self.bounds[column])
 

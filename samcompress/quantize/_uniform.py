@@ -122,12 +122,6 @@ def pack4(codes: Tensor) -> Tensor:
     return (pairs[..., 0] | (pairs[..., 1] << 4)).to(torch.uint8)
 
 
-def unpack4(packed: Tensor) -> Tensor:
-    """What `pack4` was given, as int8."""
-    pairs: Tensor = torch.stack([packed & 15, packed >> 4], -1).to(torch.int8).flatten(-2)
-    return torch.where(pairs > 7, pairs - 16, pairs)
-
-
 def _damped(x: Tensor, factor: float) -> Tensor:
     """`x` with a gradient `factor` times as large."""
     return x.detach() + (x - x.detach()) * factor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from segment_anything.modeling.common import MLPBlock
 from torch import Tensor, nn
 
 from ..core.transform import Context
-from ._calibrate import Prompts, asked, decoded, encoded, evaluating
+from ._calibrate import Prompts, asked, decoded, encoded, evaluating, first_images
 from ._fake import FakeDecoderAttention, FakeEncoderAttention, Rounded
 
 WHOLE = (FakeEncoderAttention, FakeDecoderAttention, MLPBlock)
@@ -65,7 +64,7 @@ def units(model: nn.Module, ctx: Context, prompts: Prompts) -> list[str]:
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in found.items()]
     try:
         with torch.no_grad(), evaluating(model):
-            sample = next(ctx.data.readable())
+            sample = next(first_images(ctx, 1))
             _run(model, sample, asked(model, sample, 0, prompts), decode=True)
     finally:
         for handle in handles:
@@ -86,7 +85,7 @@ def calls(
     found: list[Call] = []
     decode = not unit.startswith("image_encoder.")
     with torch.no_grad(), evaluating(model), evaluating(teacher):
-        for index, sample in enumerate(itertools.islice(ctx.data.readable(), images)):
+        for index, sample in enumerate(first_images(ctx, images)):
             question = asked(model, sample, index, prompts)
             pair = []
             for sam in (model, teacher):

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..core.registry import register
-from ._fake import Site
+from ._fake import Site, after_gelu
 from ._observe import ObserverName, Range, observer, weight_range
 from ._simulate import Even, Fitter, Simulated
 from ._softmax import HybridSearch, MapSearch
@@ -42,8 +42,8 @@ class FakeQuant(Simulated, family="quantize", phase=50):
         softmax: levels of attention weights. "uniform" spaces them evenly, "log" logarithmically
             by 2, its root or its fourth root; "auto" takes what leaves the least error in the
             product with the values, for each attention.
-        gelu: levels of what an MLP's activation function gives. "hybrid" takes logarithmic levels
-            near the least value and even ones above.
+        gelu: levels of what the GELU of an MLP gives. "hybrid" takes logarithmic levels near the
+            least value and even ones above.
         images: at most so many images are looked at, >= 1.
         prompts: what the decoder is asked meanwhile: boxes, points, or both in turn.
 
@@ -87,10 +87,10 @@ class FakeQuant(Simulated, family="quantize", phase=50):
         grid = Grid(self.activation_bits)
         if site.role == "softmax" and self.softmax != "uniform":
             return MapSearch(grid.bits, even=self.softmax == "auto")
-        if self.gelu == "hybrid" and site.tap.endswith(".lin2"):
+        if self.gelu == "hybrid" and after_gelu(model, site):
             return HybridSearch(site.tap, grid.bits)
         return Even(observer(self.observer, site.tap, grid), grid, site.place)
 
-    def weight_range(self, name: str, weight: Tensor, grid: Grid) -> Range:
+    def weight_range(self, weight: Tensor, grid: Grid) -> Range:
         """All weights of a channel, or fewer where that is the smaller error."""
         return weight_range(weight, grid, search=self.weight_search)

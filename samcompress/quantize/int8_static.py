@@ -16,9 +16,8 @@ from ._calibrate import calibrate, check_images, observe
 from ._choose import finite_weight, layers
 from ._int8 import StaticLinear, check_device, check_speed, swapped
 from ._observe import ObserverName, observer
+from ._simulate import WORST
 from ._uniform import Grid
-
-WORST = 5  # layers named in the state
 
 
 @register

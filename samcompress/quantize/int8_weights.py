@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..core.errors import ConfigError, ModelError, NoEffectError
+from ..core.errors import ConfigError, NoEffectError
 from ..core.registry import register
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
+from ._choose import check_not_simulated, finite_weight
 from ._layers import Int8Conv2d, Int8Linear, int8_twin
 
 KINDS = (nn.Linear, nn.Conv2d, Int8Linear, Int8Conv2d)
@@ -33,7 +33,7 @@ class Int8Weights(Transform, family="quantize", phase=50):
 
     Raises:
         NoEffectError: if all matched layers are int8 already, or smaller than `min_size`.
-        ModelError: if a weight is NaN or infinite.
+        ModelError: if a weight is NaN or infinite, or the model only simulates integers.
         ConfigError: if `min_size` is negative.
 
     Effect:
@@ -75,15 +75,7 @@ class Int8Weights(Transform, family="quantize", phase=50):
         """Quantise layer by layer, so that no second float copy of the model exists."""
         names = self._layers(model)
         for name in ctx.progress.track(names, label="layers"):
-            layer: Any = model.get_submodule(name)
-            weight = layer.weight.detach()
-            if not torch.isfinite(weight).all():
-                raise ModelError(
-                    f"{self.label} met a weight that is not finite.",
-                    where=f"{name}.weight",
-                    got=f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} values",
-                    expected="finite numbers",
-                )
+            weight = finite_weight(name, model.get_submodule(name), step=self.label)
             _swap(model, name).fill(weight)
         return {"layers": names}
 
@@ -94,6 +86,7 @@ class Int8Weights(Transform, family="quantize", phase=50):
         return state
 
     def _layers(self, model: nn.Module) -> list[str]:
+        check_not_simulated(self.label, model)
         found: list[tuple[str, Any]] = self.where.select(model, KINDS, step=self.label)
         done = [name for name, layer in found if isinstance(layer, (Int8Linear, Int8Conv2d))]
         left = [

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.data import Sample
-from ..core.errors import ConfigError, NoEffectError
+from ..core.errors import ConfigError, ModelError, NoEffectError
 from ..core.registry import register
 from ..core.sizes import tensor_bytes
 from ..core.transform import Context, State, Transform
 from ..core.where import Where
-from ._calibrate import check_images, encoded, evaluating
+from ._calibrate import check_images, encoded, evaluating, first_images
 from ._choose import finite_weight, layers
 from ._int8 import DynamicLinear, check_device, check_speed, swapped
+from ._observe import finite
 
 
 @register
@@ -30,7 +30,8 @@ class Mixed(Transform, family="quantize", phase=50):
 
     Args:
         error: largest relative L2 change of the embedding; as many layers as stay below it.
-        size: largest share of the model's bytes; as few layers as reach it. Give one of the two.
+        size: largest share of the model's bytes; layers by the least change for what they save,
+            until it is reached. Give one of the two.
         where: Linears of the image encoder to choose from.
         images: calibration images, the first of the data.
         force: also where the layers are slower than those of the model.
@@ -38,9 +39,10 @@ class Mixed(Transform, family="quantize", phase=50):
     Raises:
         ConfigError: if not exactly one of `error` and `size` is given, or a number is out of range,
             or integers in all layers do not reach `size`.
-        DataError: if there are no images.
+        DataError: if there are no images, or an embedding is not finite.
         NoEffectError: if no Linear matches, or `error` allows none to change.
-        ModelError: as `Int8Dynamic`.
+        ModelError: as `Int8Dynamic`, and if `where` reaches beyond the image encoder, as what is
+            there does not change the embedding.
         BackendError: as `Int8Dynamic`.
 
     Effect:
@@ -94,7 +96,7 @@ class Mixed(Transform, family="quantize", phase=50):
         names = self._layers(model)
         if not self.force:
             check_speed(model, names, DynamicLinear, step=self.label)
-        samples = list(islice(ctx.data.readable(), self.images))
+        samples = list(first_images(ctx, self.images))
         before = tensor_bytes(model)
         with torch.no_grad(), evaluating(model):
             expected = _embeddings(model, samples)
@@ -159,7 +161,16 @@ class Mixed(Transform, family="quantize", phase=50):
         return chosen
 
     def _layers(self, model: nn.Module) -> list[str]:
-        return layers(model, self.where, (nn.Linear,), step=self.label)
+        names = layers(model, self.where, (nn.Linear,), step=self.label)
+        beyond = next((name for name in names if not name.startswith("image_encoder.")), None)
+        if beyond is not None:
+            raise ModelError(
+                f"{self.label} measures layers by the embedding, which this one does not change.",
+                where=beyond,
+                expected="layers of the image encoder",
+                fix="sc.quantize.Int8Dynamic(where='mask_decoder.**') for the decoder",
+            )
+        return names
 
 
 def _integer(model: nn.Module, name: str) -> None:
@@ -168,7 +179,7 @@ def _integer(model: nn.Module, name: str) -> None:
 
 
 def _embeddings(model: nn.Module, samples: list[Sample]) -> list[Tensor]:
-    return [encoded(model, sample).float() for sample in samples]
+    return [finite("image_encoder", encoded(model, sample).float()) for sample in samples]
 
 
 def _change(model: nn.Module, samples: list[Sample], expected: list[Tensor]) -> float:

@@ -21,6 +21,8 @@ from ._quantizers import Grouped
 from ._simulate import Even, Fitter, Simulated
 from ._uniform import Grid
 
+LEARNED = 4096  # tokens that a layer learns from, evenly drawn
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class PQSAM(Simulated, family="quantize", phase=50):
             )
         return Even(AverageMinMax(site.tap), Grid(self.activation_bits), site.place)
 
-    def weight_range(self, name: str, weight: Tensor, grid: Grid) -> Range:
+    def weight_range(self, weight: Tensor, grid: Grid) -> Range:
         """All weights of a channel."""
         return weight_range(weight, grid, search=False)
 
@@ -144,7 +146,7 @@ class PQSAM(Simulated, family="quantize", phase=50):
         self._cover(layer)
 
     def _cover(self, layer: FakeLinear) -> None:
-        layer.cover(*self.weight_range("", layer.weight, layer.grid))
+        layer.cover(*self.weight_range(layer.weight, layer.grid))
 
     def _inputs(
         self, model: nn.Module, layers: Mapping[str, FakeLinear], ctx: Context
@@ -153,7 +155,11 @@ class PQSAM(Simulated, family="quantize", phase=50):
         kept = {n: Tokens(n, 8, self.images, spread=1, share=0) for n in layers}
         taps = {name: tokens.update for name, tokens in kept.items()}
         calibrate(model, taps, ctx, images=self.images, prompts=self.prompts)
-        return {name: torch.cat(tokens.kept)[:4096] for name, tokens in kept.items()}
+        found = {}
+        for name, tokens in kept.items():
+            every = torch.cat(tokens.kept)
+            found[name] = every[:: -(-len(every) // LEARNED)]
+        return found
 
 
 def _groups(layer: FakeLinear) -> int:

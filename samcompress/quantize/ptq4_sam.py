@@ -10,7 +10,7 @@ from torch import nn
 from ..core.registry import register
 from ..core.transform import Context, State
 from ._bimodal import fold
-from .bimodal import check_crossings
+from .bimodal import Bimodal, check_crossings
 from .fake_quant import FakeQuant
 
 
@@ -78,5 +78,4 @@ class PTQ4SAM(FakeQuant, family="quantize", phase=50):
 
     def prepare(self, model: nn.Module, ctx: Context) -> State:
         """Fold the keys."""
-        settings = {"grid": 128, "peak_height": 0.01, "peak_distance": 32}
-        return {"turned": fold(model, ctx, **settings, prompts=self.prompts)}  # type: ignore[arg-type]
+        return {"turned": fold(model, ctx, **Bimodal(prompts=self.prompts).params())}

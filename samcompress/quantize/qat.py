@@ -91,6 +91,8 @@ class QAT(Transform, family="quantize", phase=50):
         """Check the fields, those of training as the engine's techniques do."""
         self.between("settle", 0, 1, closed=True)
         self.between("lr", 0, math.inf)
+        self.between("weight_decay", 0, math.inf, closed=True)
+        self.between("workers", 0, math.inf, closed=True)
         if self.steps < 1:
             raise ConfigError(
                 f"{self.label}: steps is out of range.", got=self.steps, expected=">= 1"

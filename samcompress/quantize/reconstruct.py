@@ -18,7 +18,7 @@ from ._fake import Rounded
 from ._quantizers import Grouped
 from ._units import calls, units
 
-NEAR = 0.5  # of the weight's norm: as far as rounding to 2 bits may lead
+FAR = 0.01  # of a layer's weights may lie further than a step from the teacher's
 
 
 @register
@@ -159,11 +159,9 @@ def true_weights(label: str, model: nn.Module, teacher: nn.Module) -> dict[str, 
         if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
             raise _other(label, name, "a layer of another shape, or none")
         found[name] = _aligned(layer, weight.detach().to(layer.weight))
-        away = float(
-            (found[name] - layer.weight.detach()).norm() / found[name].norm().clamp(min=1e-12)
-        )
-        if away > NEAR:
-            raise _other(label, name, f"weights {away:.0%} away from the rounded ones")
+        away = _away(layer, found[name])
+        if away > FAR:
+            raise _other(label, name, f"{away:.1%} of the weights more than a step away")
     return found
 
 
@@ -173,6 +171,14 @@ def _aligned(layer: Any, weight: Tensor) -> Tensor:
     same = (weight * layer.weight.detach()).flatten(1).sum(1)
     signs: Tensor = layer.along(torch.where(same < 0, -1.0, 1.0).to(weight))
     return weight * signs
+
+
+def _away(layer: Any, weight: Tensor) -> float:
+    """The share of weights that no rounding up or down, nor clipping, brings to the layer's."""
+    scale, zero = layer.along(layer.weight_scale), layer.along(layer.weight_zero)
+    low, high = (scale * (code - zero) for code in layer.grid.codes)
+    inside = torch.minimum(torch.maximum(weight.float(), low), high)
+    return float(((inside - layer.weight.detach().float()).abs() > 1.01 * scale).float().mean())
 
 
 def _other(label: str, name: str, got: str) -> ModelError:

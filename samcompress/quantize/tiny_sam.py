@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.transform import Context, State
-from ._fake import FakeLinear, Product, Site, unrounded
+from ._fake import FakeLinear, Product, Site, after_gelu, unrounded
 from ._observe import MinMax, Range, weight_range
 from ._quantizers import Quantizer, Twin
 from ._search import gather, search
@@ -55,8 +55,9 @@ class TinySAM(Simulated, family="quantize", phase=50):
         products: see `FakeQuant`.
         images: at most so many images are looked at, >= 1; the paper takes 8.
         prompts: see `FakeQuant`.
-        candidates: scales tried for each factor, evenly from 0.01 to 1.2 of the largest value's,
-            beside that of the largest value itself; >= 1.
+        candidates: scales tried for each factor, evenly from 0.01 to 1.2 of the first, beside the
+            first itself; >= 1. The first is that of the largest value, for attention weights of a
+            quarter of it.
         rounds: times that each factor has its turn, >= 1.
 
     Raises:
@@ -110,12 +111,12 @@ class TinySAM(Simulated, family="quantize", phase=50):
     def fitter(self, model: nn.Module, site: Site) -> Fitter:
         """The largest value, and two scales for attention weights and after GELU."""
         assert self.activation_bits is not None
-        if site.role == "softmax" or _after_gelu(model, site):
+        if site.role == "softmax" or after_gelu(model, site):
             return Halves(site.tap, self.activation_bits, gelu=site.role != "softmax")
         grid = Grid(self.activation_bits, symmetric=True)
         return Even(MinMax(site.tap), grid, site.place)
 
-    def weight_range(self, name: str, weight: Tensor, grid: Grid) -> Range:
+    def weight_range(self, weight: Tensor, grid: Grid) -> Range:
         """All weights of a channel."""
         return weight_range(weight, grid, search=False)
 
@@ -136,8 +137,3 @@ class TinySAM(Simulated, family="quantize", phase=50):
                     rounds=self.rounds,
                 )
         return {"searched": sum(weight > 0 for weight in weights)}
-
-
-def _after_gelu(model: nn.Module, site: Site) -> bool:
-    owner, _, last = site.tap.rpartition(".")
-    return last == "lin2" and isinstance(getattr(model.get_submodule(owner), "act", None), nn.GELU)

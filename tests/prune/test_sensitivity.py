@@ -125,6 +125,11 @@ def test_ratios_out_of_range(ratio: float) -> None:
     ]
 
 
+def test_no_ratios() -> None:
+    with pytest.raises(errors.ConfigError, match="ratios is empty"):
+        found(ratios=())
+
+
 def test_no_data_no_objects_no_sam() -> None:
     with pytest.raises(errors.DataError):
         found(data=[])

@@ -328,6 +328,21 @@ def test_twice() -> None:
     assert "as many zeros already" in lines[2]
 
 
+def test_lost_zeros_come_back() -> None:
+    sparse = run(criterion="magnitude")
+    layer = sparse.image_encoder.blocks[0].mlp.lin1
+    layer.weight.data.fill_(1.0)
+    again = run(sparse, criterion="magnitude").image_encoder.blocks[0].mlp.lin1
+    assert int((again.weight == 0).sum()) == again.weight.numel() // 2
+
+
+def test_layers_of_a_simulation() -> None:
+    rounded = sc.quantize.FakeQuant(activation_bits=None)(random_sam(), progress=False)
+    step = sc.Pipeline([sc.prune.Sparse24(criterion="magnitude")], any_order=True)
+    with pytest.raises(errors.ModelError, match=r"layers that were replaced(.|\n)*FakeLinear"):
+        step(rounded, progress=False)
+
+
 def test_nothing_to_act_on() -> None:
     lines = message(errors.NoEffectError, where="image_encoder.neck.*")
     assert lines[0] == "prune.sparse24 matched no module it can act on."

@@ -184,6 +184,8 @@ def test_a_teacher_of_another_size() -> None:
         ({"hidden": (0.0,)}, "hidden is out of range"),
         ({"blocks": 1.0}, "blocks is out of range"),
         ({"heads": (), "hidden": (), "blocks": 0}, "no subnet is as cheap as that"),
+        ({"heads": 0.5}, r"heads has a value(.|\n)*a tuple or list"),
+        ({"heads": ("a",)}, r"heads has a value(.|\n)*a number"),
         ({"steps": -1}, "steps is out of range"),
         ({"epochs": -1.0}, "epochs is out of range"),
         ({"subnets": -1}, "subnets is out of range"),

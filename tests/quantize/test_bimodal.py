@@ -141,8 +141,10 @@ def test_ptq4sam_folds_then_rounds(tiny_sam: nn.Module) -> None:
     assert sorted(state["turned"]) == sorted(PLACES)
     assert any(isinstance(m, Rounded) for m in rounded.modules())
     without = FakeQuant(weight_bits=4, activation_bits=4, images=1)(sam, data=scenes())
-    true = answers(sam)[0]
-    assert (answers(rounded)[0] - true).norm() < (answers(without)[0] - true).norm()
+    for name in PLACES:
+        # Peaks at -8 and 8 become one, so half the steps do.
+        steps = [float(m.get_submodule(f"{name}.dot.right").scale) for m in (rounded, without)]
+        assert steps[0] < 0.6 * steps[1]
 
 
 def test_errors(tiny_sam: nn.Module) -> None:

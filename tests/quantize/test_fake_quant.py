@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import samcompress as sc
@@ -17,6 +18,8 @@ from samcompress.quantize._fake import (
     FakeEncoderAttention,
     FakeLinear,
     Rounded,
+    Site,
+    after_gelu,
     attentions,
     replace,
 )
@@ -107,6 +110,42 @@ def test_the_same_twice_and_from_the_work_folder(tiny_sam: nn.Module, tmp_path: 
     first = models[0].state_dict()
     for model in models[1:]:
         assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
+
+
+def test_the_work_folder_knows_models_of_equal_weights_apart(
+    tiny_sam: nn.Module, tmp_path: Any
+) -> None:
+    step = FakeQuant(**SMALL, products=False)
+    for size in (3, 5):
+        near = sc.attention.Neighborhood(size=size)(tiny_sam)
+        step(near, data=scenes(), workdir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_images_that_cannot_be_read(tiny_sam: nn.Module, tmp_path: Any) -> None:
+    Image.fromarray(scenes()[0].image).save(tmp_path / "a.png")
+    photos = sc.data.open(tmp_path)
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    for step in (FakeQuant(), sc.quantize.Int4Weights(method="gptq", group_size=16)):
+        with pytest.raises(DataError, match=r"none could be read(.|\n)*1 samples"):
+            step(tiny_sam, data=photos)
+
+
+def test_what_the_gelu_of_an_mlp_gives() -> None:
+    class Mlp(nn.Module):
+        def __init__(self, act: nn.Module, last: str) -> None:
+            super().__init__()
+            self.act = act
+            self.add_module(last, nn.Linear(2, 2))
+
+    def found(act: nn.Module, last: str, role: Any = "input") -> bool:
+        return after_gelu(nn.Sequential(Mlp(act, last)), Site("", role, f"0.{last}"))
+
+    assert found(nn.GELU(), "lin2")
+    assert found(nn.GELU(), "fc2")
+    assert not found(nn.ReLU(), "lin2")
+    assert not found(nn.GELU(), "lin1")
 
 
 def test_bfloat16_keeps_codes_and_steps(tiny_sam: nn.Module) -> None:

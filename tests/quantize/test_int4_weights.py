@@ -121,12 +121,12 @@ def test_gptq_with_inputs_of_zero() -> None:
 
 
 def test_products_are_summed_over_images() -> None:
-    found = Products()
+    found = Products("a")
     found.update(draw(1, 5, 5, 8))
     found.update(draw(7, 8, seed=9))
     every = torch.cat([draw(1, 5, 5, 8).view(-1, 8), draw(7, 8, seed=9)])
     torch.testing.assert_close(found.total, every.T @ every)
-    many = Products()
+    many = Products("a")
     many.update(torch.ones(3 * TOKENS - 1, 2))
     assert many.total is not None
     assert TOKENS / 2 < float(many.total[0, 0]) <= TOKENS
@@ -210,6 +210,11 @@ def message(error: type[Exception], sam: Any = None, **fields: Any) -> str:
 def test_twice() -> None:
     text = message(errors.ModelError, run())
     assert text.startswith("quantize.int4_weights met layers that hold integers already.")
+    simulated = sc.quantize.FakeQuant(activation_bits=None)(random_sam(), progress=False)
+    text = message(errors.ModelError, simulated)
+    assert text.startswith("quantize.int4_weights met a model that simulates quantization.")
+    with pytest.raises(errors.ModelError, match=r"int8_weights met a model that simulates"):
+        sc.quantize.Int8Weights()(simulated, progress=False)
 
 
 def test_groups_that_do_not_divide() -> None:
@@ -233,6 +238,11 @@ def test_bad_fields() -> None:
 def test_gptq_needs_images() -> None:
     assert "needs images" in message(errors.DataError, data=None, method="gptq")
     assert run(data=None) is not None
+    sam = random_sam()
+    sam.image_encoder.blocks[0].norm1.weight.data.fill_(torch.nan)
+    text = message(errors.DataError, sam, method="gptq", where="image_encoder.**")
+    assert "image_encoder.blocks.0.attn.qkv" in text
+    assert "not finite" in text
 
 
 def test_small_layers_and_no_layers() -> None:

@@ -47,7 +47,7 @@ def test_error_stays_within_the_budget() -> None:
     assert 0 < counts[0] < counts[1] < counts[2] == 8
 
 
-def test_size_is_reached_with_the_fewest_layers() -> None:
+def test_size_is_reached_by_what_disturbs_least_for_its_bytes() -> None:
     sam = random_sam()
     small = run(sam, size=0.9)
     share = tensor_bytes(small) / tensor_bytes(sam)
@@ -102,5 +102,10 @@ def test_budgets() -> None:
 
 def test_bad_input() -> None:
     assert "needs images" in message(errors.DataError, data=None, error=0.1)
+    text = message(errors.ModelError, error=0.1, where="mask_decoder.**")
+    assert "by the embedding, which this one does not change" in text
+    sam = random_sam()
+    sam.image_encoder.blocks[0].norm1.weight.data.fill_(torch.nan)
+    assert "values that are not finite" in message(errors.DataError, sam, error=0.1)
     text = message(errors.ModelError, run(error=0.5), error=0.5)
     assert text.startswith("quantize.mixed met layers that hold integers already.")

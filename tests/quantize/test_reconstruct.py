@@ -152,6 +152,9 @@ def test_errors(tiny_sam: nn.Module) -> None:
         ModelError, match=r"not the model that was rounded(.|\n)*blocks\.0\.mlp\.lin1"
     ):
         MEND(rounded, data=scenes(), teacher=other)
+    smoothed = sc.quantize.SmoothQuant(images=1) | FakeQuant(weight_bits=6, activation_bits=None)
+    with pytest.raises(ModelError, match="more than a step away"):
+        MEND(smoothed(tiny_sam, data=scenes()), data=scenes(), teacher=tiny_sam)
     chain = sc.prune.Mlp(ratio=0.5, criterion="magnitude") | LOW | MEND
     with pytest.raises(ModelError, match=r"another shape(.|\n)*teacher="):
         chain(tiny_sam, data=scenes())

@@ -15,7 +15,7 @@ from samcompress.core.errors import ConfigError
 from samcompress.core.transform import Context
 from samcompress.quantize._fake import FakeLinear, Product, Rounded, unrounded
 from samcompress.quantize._quantizers import Quantizer, Twin
-from samcompress.quantize._search import best, gather, search
+from samcompress.quantize._search import _rows, best, gather, search
 from samcompress.quantize.fake_quant import FakeQuant
 from samcompress.quantize.tiny_sam import TinySAM
 
@@ -94,6 +94,15 @@ def test_the_technique(tiny_sam: nn.Module, tmp_path: Any) -> None:
     again = sc.load(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(again.image_encoder(image), found)
+
+
+def test_maps_of_all_heads_are_looked_at() -> None:
+    factors = torch.arange(12.0).view(12, 1, 1).expand(12, 40, 8)
+    kept, rows = _rows((factors, factors.transpose(1, 2)), product=True)
+    assert kept[0][:, 0, 0].tolist() == [0, 3, 6, 9]
+    assert kept[0].shape == (4, 32, 8)
+    assert kept[1].shape == (4, 8, 40)
+    assert rows(factors @ factors.transpose(1, 2)).shape == (4, 32, 40)
 
 
 def test_errors() -> None:

@@ -19,7 +19,7 @@ from samcompress.quantize._observe import (
     observer,
     weight_range,
 )
-from samcompress.quantize._uniform import Grid, affine_range, fake, pack4, symmetric_range, unpack4
+from samcompress.quantize._uniform import Grid, affine_range, fake, pack4, symmetric_range
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -93,7 +93,8 @@ def test_four_bits_are_packed_without_loss() -> None:
     packed = pack4(codes)
     assert packed.dtype == torch.uint8
     assert packed.shape == (3, 16)
-    assert torch.equal(unpack4(packed), codes.to(torch.int8))
+    halves = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    assert torch.equal(halves, (codes & 15).to(torch.uint8))  # two's complement
 
 
 def test_bits_out_of_range_are_refused() -> None:
@@ -118,6 +119,9 @@ def test_observers_by_hand() -> None:
     for part in parts:
         for seen in (both, mean, channels):
             seen.update(part)
+        both.update(part / 2)  # a second piece of the same image
+        mean.update(part / 2)
+        mean.end()
     assert [float(end) for end in both.range()] == [-3, 8]
     assert [float(end) for end in mean.range()] == [-2, 5]
     assert [end.tolist() for end in channels.range()] == [[-3, 2], [-1, 8]]
