@@ -22,20 +22,28 @@ class Rows:
     Args:
         work: folder of a file a row.
         kinds: every row's name, and of what kind it is: rows of a kind take equally long.
+        recipes: by the names of some rows, what else these depend on.
         settings: whatever else a row depends on. Rows of other settings are not taken.
     """
 
-    def __init__(self, work: Path, kinds: Mapping[str, str], **settings: Any) -> None:
+    def __init__(
+        self,
+        work: Path,
+        kinds: Mapping[str, str],
+        recipes: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.work, self.kinds = work, kinds
-        text = json.dumps(settings, sort_keys=True, default=str)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:10]
+        self.work, self.kinds, self.recipes, self.settings = work, kinds, recipes or {}, settings
         self.seconds: dict[str, float] = {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The row, from its file or measured now."""
         slug = "".join(letter if letter.isalnum() else "_" for letter in name)
-        path = self.work / f"{slug}-{self.key}.json"
+        depends = [self.settings, *([self.recipes[name]] if name in self.recipes else [])]
+        text = json.dumps(depends, sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()[:10]
+        path = self.work / f"{slug}-{key}.json"
         kept = json.loads(path.read_text()) if path.exists() else None
         if kept is None:
             start = time.perf_counter()

@@ -67,6 +67,9 @@ def simulated(bits: int, images: int) -> dict[str, Pipeline]:
         "softmax: log": Pipeline([get("quantize.fake_quant", **plain, softmax="log")]),
         "softmax: auto": Pipeline([get("quantize.fake_quant", **plain, softmax="auto")]),
         "GELU: hybrid": Pipeline([get("quantize.fake_quant", **plain, gelu="hybrid")]),
+        "Bimodal, softmax: auto": Pipeline(
+            [get("quantize.ptq4_sam", **plain, weight_search=False)]
+        ),
         "PTQ4SAM": Pipeline([get("quantize.ptq4_sam", **width)]),
         "PTQ4SAM, GELU: hybrid": Pipeline([get("quantize.ptq4_sam", **width, gelu="hybrid")]),
         "PQSAM": Pipeline([get("quantize.pqsam", **width)]),
@@ -150,6 +153,11 @@ def measured(sam: Any, photos: Any, held_out: Any, args: argparse.Namespace) -> 
     rows = Rows(
         args.work,
         kinds,
+        {
+            name: chains[name.removesuffix(f", {MENDED}")].to_dict()
+            for name in kinds
+            if name in chains or name.endswith(MENDED)
+        },
         weights=fingerprint(sam),
         judged=held_out.fingerprint,
         calibration=photos.fingerprint,
