@@ -94,46 +94,53 @@ def search(
     """
     if not kept.importance:
         return
-    a, importance = torch.cat(kept.left), torch.cat(kept.importance)
     shares = [1.0, *torch.linspace(0.01, 1.2, candidates).tolist()]
     if isinstance(layer, FakeLinear):
         assert isinstance(true, nn.Linear)
-        left, b = layer.input, true.weight.detach().float().T
+        left = layer.input
+        a, b = [torch.cat(kept.left)], [true.weight.detach().float().T]
+        importance = [torch.cat(kept.importance)]
     else:
-        left, b = layer.left, torch.cat(kept.right)
-    target = a @ b
+        # Calls of boxes and of points have not the same tokens.
+        left, a, b, importance = layer.left, kept.left, kept.right, kept.importance
+    targets = [x @ y for x, y in zip(a, b, strict=True)]
 
-    def error(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y - target).square() * importance
+    def errors(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
+        calls = zip(x, y, targets, importance, strict=True)
+        return [(p @ q - wanted).square() * share for p, q, wanted, share in calls]
 
-    def weight(scale: Tensor) -> Tensor:
+    def total(x: list[Tensor], y: list[Tensor]) -> Tensor:
+        return torch.stack([error.sum() for error in errors(x, y)]).sum()
+
+    def weight(scale: Tensor) -> list[Tensor]:
         assert isinstance(layer, FakeLinear)
-        return layer.grid.fake(b, scale, layer.weight_zero)
+        return [layer.grid.fake(b[0], scale, layer.weight_zero)]
 
-    def tried(factor: Quantizer, x: Tensor, scale: Tensor) -> Tensor:
+    def tried(factor: Quantizer, x: list[Tensor], scale: Tensor) -> list[Tensor]:
         factor.scale = scale
-        rounded: Tensor = factor(x)
-        return rounded
+        return [factor(call) for call in x]
 
-    def choose_left(y: Tensor) -> Tensor:
+    def choose_left(y: list[Tensor]) -> list[Tensor]:
         if isinstance(left, Quantizer):
-            left.scale = best(left.scale, shares, lambda s: error(tried(left, a, s), y).sum())
-        rounded: Tensor = left(a)
-        return rounded
+            left.scale = best(left.scale, shares, lambda s: total(tried(left, a, s), y))
+        return [left(call) for call in a]
 
-    def choose_right(x: Tensor) -> None:
+    def choose_right(x: list[Tensor]) -> None:
         if isinstance(layer, FakeLinear):
             now = layer.weight_scale
-            layer.weight_scale = best(now, shares, lambda s: error(x, weight(s)).sum(0))
+            layer.weight_scale = best(now, shares, lambda s: errors(x, weight(s))[0].sum(0))
         elif isinstance(right := layer.right, Quantizer):
-            right.scale = best(right.scale, shares, lambda s: error(x, tried(right, b, s)).sum())
+            right.scale = best(right.scale, shares, lambda s: total(x, tried(right, b, s)))
 
     for _ in range(rounds):
-        y = weight(layer.weight_scale) if isinstance(layer, FakeLinear) else layer.right(b)
+        if isinstance(layer, FakeLinear):
+            y = weight(layer.weight_scale)
+        else:
+            y = [layer.right(call) for call in b]
         choose_right(choose_left(y))
     if isinstance(layer, FakeLinear):
         with torch.no_grad():
-            layer.weight.copy_(b.T)
+            layer.weight.copy_(b[0].T)
         layer.settle()
 
 

@@ -110,7 +110,11 @@ def test_projections_of_tables_are_dropped() -> None:
 
 
 def test_errors() -> None:
-    for scales in ((4,), (1,), (3, "5")):
-        with pytest.raises(sc.errors.ConfigError, match="scales is out of range") as caught:
+    for scales, text, expected in (
+        ((4,), "scales is out of range", "odd numbers of 3 or more, e.g. (5,)"),
+        ((1,), "scales is out of range", "odd numbers of 3 or more, e.g. (5,)"),
+        ((3, "five"), "scales has a value it cannot take", "a whole number"),
+    ):
+        with pytest.raises(sc.errors.ConfigError, match=text) as caught:
             Linear(scales=scales)
-        assert "expected  odd numbers of 3 or more, e.g. (5,)" in str(caught.value)
+        assert f"expected  {expected}" in str(caught.value)
