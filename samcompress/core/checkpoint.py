@@ -29,7 +29,7 @@ from .errors import (
     UnknownTransformError,
 )
 from .files import sha256, whole
-from .history import Base, History, Step, history, remember, step_from
+from .history import Base, History, Step, history, lineage, remember, step_from
 from .sizes import parameter_count
 
 FORMAT = 1
@@ -205,6 +205,16 @@ def fingerprint(model: nn.Module) -> str:
     for name, path in sorted(_artifacts(model).items()):
         digest.update(f"{name} {sha256(path)}".encode())
     return digest.hexdigest()
+
+
+def identity(model: nn.Module) -> str:
+    """SHA-256 of the weights and of the steps behind them: what results are kept under.
+
+    Two attentions may have equal weights and look at other tokens, so `fingerprint` is not enough.
+    """
+    steps = [[step.transform.label, step.transform.params()] for step in lineage(model)]
+    text = f"{fingerprint(model)} {json.dumps(steps, sort_keys=True)}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _artifacts(model: nn.Module) -> dict[str, Path]:

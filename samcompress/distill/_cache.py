@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 
 from ..core._objective import Share
 from ..core._progress import Progress
-from ..core.checkpoint import fingerprint
+from ..core.checkpoint import identity as model_identity
 from ..core.contract import embedding_shape
 from ..core.errors import CheckpointError, DataError
 from ..core.files import whole, write_whole
@@ -88,7 +88,7 @@ class Teacher:
         self._image_bytes = math.prod(shape) * self.dtype.itemsize
         keys = json.dumps([sample.id for sample in data])
         self.identity: dict[str, Any] = {
-            "teacher": fingerprint(model.image_encoder),
+            "teacher": model_identity(model),
             "tap": "image_encoder",
             "image_size": model.image_encoder.img_size,
             "pixel_mean": model.pixel_mean.flatten().tolist(),

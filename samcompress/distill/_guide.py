@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core._objective import Share
-from ..core.checkpoint import fingerprint
+from ..core.checkpoint import identity as model_identity
 from ..core.contract import device_of, embedding_shape
 from ..core.errors import ModelError, NoEffectError
 from ..core.transform import Context
@@ -168,7 +168,7 @@ def compared(student: Any, teacher: Any) -> tuple[int, int]:
 
 def _check_pair(label: str, student: Any, teacher: Any, *, channels: bool) -> None:
     check_decoder(f"{label}'s teacher", teacher)
-    if fingerprint(student) == fingerprint(teacher):
+    if model_identity(student) == model_identity(teacher):
         raise NoEffectError(
             f"{label} has nothing to learn.",
             got="a student that equals the teacher already",

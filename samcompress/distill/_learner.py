@@ -18,7 +18,7 @@ from torch import nn
 from ..core import _fit
 from ..core._engine import engine_for
 from ..core._objective import Objective, Share
-from ..core.checkpoint import fingerprint
+from ..core.checkpoint import identity as model_identity
 from ..core.contract import device_of
 from ..core.errors import ConfigError, NoEffectError
 from ..core.transform import Context, State, Transform
@@ -159,10 +159,10 @@ class Learner(Transform):
 
     def identity(self, model: nn.Module, ctx: Context) -> dict[str, Any]:
         """What tells this run from others: its fields, student, teacher and data."""
-        teacher = {"teacher": fingerprint(ctx.original)} if self.needs_teacher else {}
+        teacher = {"teacher": model_identity(ctx.original)} if self.needs_teacher else {}
         # Neither changes the result, so a run may go on with others.
         fields = {k: v for k, v in self.params().items() if k not in ("workers", "accumulate")}
-        return {**fields, **teacher, "student": fingerprint(model), "data": ctx.data.fingerprint}
+        return {**fields, **teacher, "student": model_identity(model), "data": ctx.data.fingerprint}
 
     def judge(self, objective: Objective) -> float:
         """Mean loss of a few batches that no step of training draws."""

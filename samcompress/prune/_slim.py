@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..core.checkpoint import fingerprint, is_ours, save
+from ..core.checkpoint import identity as model_identity
 from ..core.errors import CheckpointError, ConfigError, ModelError
 from ..core.files import write_whole
 from ..core.history import History, remember
@@ -135,7 +136,7 @@ def decided(
     if ctx.workdir is None:
         return choose()
     data = None if ctx.dataset is None else ctx.dataset.fingerprint
-    key = json.dumps({**identity, "model": fingerprint(model), "data": data}, sort_keys=True)
+    key = json.dumps({**identity, "model": model_identity(model), "data": data}, sort_keys=True)
     path = (
         ctx.workdir
         / f"{ctx.step.replace('.', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"

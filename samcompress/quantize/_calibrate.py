@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import _saved
-from ..core.checkpoint import fingerprint
+from ..core.checkpoint import identity as model_identity
 from ..core.contract import device_of, dtype_of
 from ..core.data import Sample
 from ..core.errors import ConfigError, DataError
 from ..core.framing import framing_of
-from ..core.history import lineage
 from ..core.predict import preprocess
 from ..core.transform import Context
 from ._observe import Observer, Range
@@ -185,9 +184,7 @@ def remembered(
     identity = {
         **settings,
         "step": ctx.step,
-        "model": fingerprint(model),
-        # Two attentions may have equal weights and look at other tokens.
-        "history": [[s.transform.label, s.transform.params()] for s in lineage(model)],
+        "model": model_identity(model),
         "data": ctx.data.fingerprint,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -412,6 +412,22 @@ def test_two_runs_share_a_folder(tmp_path: Path, scenes: Dataset) -> None:
     assert len(list(tmp_path.glob("distill-encoder-*.safetensors"))) == 2
 
 
+def test_equal_weights_are_not_the_same_student(tmp_path: Path, scenes: Dataset) -> None:
+    """A finished run of one attention must not pass for a run of another."""
+    sam, learn = random_sam(), sc.distill.Encoder(steps=2, lr=1e-2)
+
+    def taught(step: sc.Transform, workdir: Path | None) -> dict[str, torch.Tensor]:
+        chain = step | learn
+        return chain(sam, data=scenes, progress=False, workdir=workdir).state_dict()
+
+    steps = sc.attention.Dilated(), sc.attention.PooledKV()
+    alone = [taught(step, None) for step in steps]
+    shared = [taught(step, tmp_path) for step in steps]
+    for expected, found in zip(alone, shared, strict=True):
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(not torch.equal(alone[0][name], alone[1][name]) for name in alone[0])
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
