@@ -168,7 +168,8 @@ def saved(model: nn.Module, record: History, workdir: Path | None) -> Iterator[s
     with TemporaryDirectory() if workdir is None else nullcontext(workdir) as place:
         label = record.steps[-1].transform.label.replace(".", "-")
         folder = Path(place) / f"{label}-{fingerprint(model)[:12]}"
+        # Also where the folder is there: the training to come is kept under these steps.
+        remember(model, record)
         if not is_ours(folder):
-            remember(model, record)
             save(model, folder)
         yield str(folder)
